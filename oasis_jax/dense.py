@@ -1,0 +1,180 @@
+"""A dense layer that keeps `x @ basis` for its backward pass instead of `x`.
+
+The gradient is the messenger (see docs/architecture.md): JAX wants every cotangent to
+have its primal's shape, so the layer takes a zero *slot* `(r, n_out)` per kernel, which
+the forward pass ignores and whose cotangent is the projected gradient. The basis's own
+cotangent is the gradient of the captured energy, and that of the scalar `energy` is the
+energy there was to capture. All three are additive, so shared inputs, scanned layers,
+microbatches and data-parallel replicas add them up by themselves.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class _Options(NamedTuple):
+    """What is static about one call."""
+
+    stride: int
+    precision: lax.PrecisionLike
+
+
+def projected_dense(
+    x: Array,
+    kernels: Sequence[Array],
+    slots: Sequence[Array],
+    basis: Array,
+    energy: Array | None = None,
+    *,
+    stride: int = 1,
+    precision: lax.PrecisionLike = None,
+) -> tuple[Array, ...]:
+    """Applies several kernels to one input and saves only its coefficients.
+
+    Forward, `y_i = x W_i`, exact. Saved: `Z = x P` in the dtype of `x`, the kernels
+    (not copied) and the energy gradient `S`. Backward, `dx = sum_i dy_i W_i^T`, exact,
+    and as cotangents
+
+        slot_i <- Z^T dy_i          (r, n_out_i)   P^T times the gradient of W_i
+        basis  <- S = x^T Z / N     (n_in, r)      gradient of |x P|^2 / 2N
+        energy <- |x|^2 / N         ()             so tr(P^T S) / energy is captured
+
+    The kernels get no gradient of their own: differentiate with respect to the slots.
+
+    Args:
+      x: Input, (..., n_in); its leading axes are the N tokens. Its dtype is the dtype
+        of the computation.
+      kernels: Weights, each (n_in, n_out_i), any float dtype; cast to that of `x`.
+      slots: Zeros, each (r, n_out_i) float32.
+      basis: Orthonormal columns, (n_in, r), float32 or bfloat16.
+      energy: A float32 zero whose cotangent is `|x|^2 / N`; optional.
+      stride: Look at every stride-th position of the last token axis for `S` and
+        `energy` (and count only those in N); 1 looks at all.
+      precision: As in `jax.lax.dot_general`.
+
+    Returns:
+      One output per kernel, each (..., n_out_i), in the dtype of `x`.
+
+    Raises:
+      ValueError: if shapes do not fit together; the message names both.
+      TypeError: if a slot is not float32 (its cotangent would silently be rounded).
+
+    Example:
+      >>> x, w = jnp.ones((2, 3, 8)), jnp.ones((8, 5))
+      >>> (y,) = projected_dense(x, (w,), (jnp.zeros((4, 5)),), jnp.eye(8, 4))
+      >>> y.shape
+      (2, 3, 5)
+
+    Source: OASIS (arXiv 2604.09406); the slots are ours.
+    """
+    kernels, slots = tuple(kernels), tuple(slots)
+    _check(x, kernels, slots, basis, stride)
+    if energy is None:
+        energy = jnp.zeros((), jnp.float32)
+    return _projected_dense(_Options(stride, precision), x, kernels, slots, basis, energy)
+
+
+def _check(x: Array, kernels, slots, basis: Array, stride: int) -> None:
+    if basis.ndim != 2 or x.shape[-1:] != basis.shape[:1]:
+        raise ValueError(
+            f"projected_dense: basis has shape {basis.shape}, expected"
+            f" ({x.shape[-1]}, rank) for an input of shape {x.shape}"
+        )
+    if basis.shape[1] > basis.shape[0]:
+        raise ValueError(
+            f"projected_dense: rank {basis.shape[1]} is larger than the input's"
+            f" {basis.shape[0]} features"
+        )
+    if len(kernels) != len(slots):
+        raise ValueError(
+            f"projected_dense: {len(kernels)} kernels but {len(slots)} slots"
+        )
+    if stride < 1:
+        raise ValueError(f"projected_dense: stride is {stride}, expected at least 1")
+    for i, (kernel, slot) in enumerate(zip(kernels, slots)):
+        if kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
+            raise ValueError(
+                f"projected_dense: kernel {i} has shape {kernel.shape}, expected"
+                f" ({x.shape[-1]}, n_out) for an input of shape {x.shape}"
+            )
+        expected = (basis.shape[1], kernel.shape[1])
+        if slot.shape != expected:
+            raise ValueError(
+                f"projected_dense: slot {i} has shape {slot.shape}, expected"
+                f" {expected} for rank {basis.shape[1]} and kernel {kernel.shape}"
+            )
+        if slot.dtype != jnp.float32:
+            raise TypeError(f"projected_dense: slot {i} is {slot.dtype}, not float32")
+
+
+def dense(x: Array, kernel: Array, precision: lax.PrecisionLike = None) -> Array:
+    """x @ kernel in the dtype of x, exactly as `flax.linen.Dense` writes it."""
+    return lax.dot_general(
+        x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), precision
+    )
+
+
+def _over_tokens(a: Array, b: Array, precision) -> Array:
+    """a^T b summed over all leading axes, accumulated in float32."""
+    tokens = tuple(range(a.ndim - 1))
+    return lax.dot_general(
+        a,
+        b,
+        ((tokens, tokens), ((), ())),
+        precision,
+        # Without it a bfloat16 cotangent would pass for a float32 slot, silently.
+        preferred_element_type=jnp.float32,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _projected_dense(options, x, kernels, slots, basis, energy):
+    del slots, basis, energy  # they exist for their cotangents
+    return tuple(dense(x, kernel, options.precision) for kernel in kernels)
+
+
+def _forward(options, x, kernels, slots, basis, energy):
+    outputs = _projected_dense(options, x, kernels, slots, basis, energy)
+    coefficients = dense(x, basis, options.precision)
+    seen, seen_coefficients = x, coefficients
+    if x.ndim > 1:
+        seen = x[..., :: options.stride, :]
+        seen_coefficients = coefficients[..., :: options.stride, :]
+    tokens = max(1, seen.size // seen.shape[-1])
+    # x is at hand only here, so both statistics of it are made here.
+    energy_gradient = _over_tokens(seen, seen_coefficients, options.precision) / tokens
+    total_energy = jnp.sum(jnp.square(seen.astype(jnp.float32))) / tokens
+    return outputs, (
+        coefficients,
+        kernels,
+        energy_gradient.astype(basis.dtype),
+        total_energy,
+    )
+
+
+def _backward(options, residuals, cotangents):
+    coefficients, kernels, energy_gradient, total_energy = residuals
+    dx = None
+    # Last first: autodiff adds the cotangents of a shared input in this order, and
+    # in bfloat16 the order shows.
+    for kernel, dy in reversed(tuple(zip(kernels, cotangents))):
+        part = lax.dot_general(
+            dy,
+            kernel.astype(dy.dtype),
+            (((dy.ndim - 1,), (1,)), ((), ())),
+            options.precision,
+        )
+        dx = part if dx is None else dx + part
+    slots = tuple(
+        _over_tokens(coefficients, dy, options.precision) for dy in cotangents
+    )
+    no_gradient = (None,) * len(kernels)
+    return dx, no_gradient, slots, energy_gradient, total_energy
+
+
+_projected_dense.defvjp(_forward, _backward)
