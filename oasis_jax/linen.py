@@ -1,0 +1,142 @@
+"""Flax linen layers that can be projected: drop-in for `nn.Dense`.
+
+A layer declares itself in the collection `subspace` when it is initialised and knows
+nothing about ranks: `select` decides. Without a subspace (inference, evaluation, another
+optimizer) it is `nn.Dense`, with the same parameters.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import Array
+
+from oasis_jax.subspace import COLLECTION, Projection
+
+_SITE = "projection"
+_kernel_init = nn.initializers.lecun_normal()
+_bias_init = nn.initializers.zeros_init()
+
+
+def _project(
+    module: nn.Module,
+    site: str,
+    x: Array,
+    weights: Mapping[str, tuple[Array, Array | None]],
+    dtype: Dtype | None,
+    precision: PrecisionLike,
+) -> tuple[Array, ...]:
+    """Applies the weights, keyed by kernel path relative to `module`, to one input."""
+    if module.is_initializing():
+        module.variable(COLLECTION, site, Projection, kernels=tuple(weights))
+    projection = Projection()
+    if module.has_variable(COLLECTION, site):
+        projection = module.get_variable(COLLECTION, site)
+    arrays = [a for pair in weights.values() for a in pair if a is not None]
+    dtype = canonicalize_dtype(x, *arrays, dtype=dtype)
+    # The kernel is cast inside the operation, so that no cast copy of it is saved.
+    outputs = projection(
+        x.astype(dtype), {name: kernel for name, (kernel, _) in weights.items()}, precision
+    )
+    return tuple(
+        y if bias is None else y + bias.astype(dtype)
+        for y, (_, bias) in zip(outputs, weights.values())
+    )
+
+
+class _Weights(nn.Module):
+    """The parameters of an `nn.Dense`, without the product."""
+
+    features: int
+    use_bias: bool = True
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = _kernel_init
+    bias_init: Initializer = _bias_init
+
+    @nn.compact
+    def __call__(self, n_in: int) -> tuple[Array, Array | None]:
+        kernel = self.param(
+            "kernel", self.kernel_init, (n_in, self.features), self.param_dtype
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        return kernel, bias
+
+
+class OasisDense(nn.Module):
+    """`nn.Dense` whose kernel can be projected.
+
+    Attributes are those of `nn.Dense`: `features`, `use_bias`, `dtype`, `param_dtype`,
+    `precision`, `kernel_init`, `bias_init`.
+
+    Example:
+      >>> layer = OasisDense(5)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+      >>> sorted(variables['params'])
+      ['bias', 'kernel']
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = _kernel_init
+    bias_init: Initializer = _bias_init
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., n_in) to (..., features)."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        weights = {"kernel": (kernel, bias)}
+        return _project(self, _SITE, x, weights, self.dtype, self.precision)[0]
+
+
+def shared_dense(
+    module: nn.Module,
+    site: str,
+    x: Array,
+    features: Mapping[str, int],
+    *,
+    use_bias: bool = True,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    precision: PrecisionLike = None,
+    kernel_init: Initializer = _kernel_init,
+    bias_init: Initializer = _bias_init,
+) -> tuple[Array, ...]:
+    """Several dense layers on one input, which is projected, and saved, once.
+
+    Call it in a compact method. The parameters are those of `nn.Dense(n, name=name)`
+    for each entry of `features`.
+
+    Args:
+      module: The calling module.
+      site: Name of the shared projection, such as 'qkv'.
+      x: Input, (..., n_in).
+      features: n_out by layer name, such as {'q_proj': 64, 'k_proj': 16, 'v_proj': 16}.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init: As in `nn.Dense`.
+
+    Returns:
+      One output per layer, (..., n_out) each.
+    """
+    weights: dict[str, Any] = {
+        f"{name}/kernel": _Weights(
+            n_out, use_bias, param_dtype, kernel_init, bias_init, name=name
+        )(x.shape[-1])
+        for name, n_out in features.items()
+    }
+    return _project(module, site, x, weights, dtype, precision)
