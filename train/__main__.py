@@ -1,0 +1,32 @@
+"""`python -m train COMMAND ...`; `--help` lists commands and options."""
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from oasis_jax.checkpoints import CheckpointError
+from train import compare, pretrain
+from train.config import Compare, Pretrain, UserError
+from train.data import DataError
+
+Command = (
+    Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 0 if all went well, 1 with one sentence if not."""
+    try:
+        config = tyro.cli(Command, args=argv, prog="python -m train")
+        if isinstance(config, Compare):
+            return compare.main(config)
+        return pretrain.main(config)
+    except (UserError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Several methods on the same data, seeds and schedule, one process a trial."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from rich.console import Console
+
+from oasis_jax.methods import method
+from train import report
+from train.config import Compare, Pretrain, UserError, parse_rank
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one learning rate with one seed."""
+
+    label: str  # as given: 'oasis' or 'oasis:0.5'
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.label.replace(':', '-r')}-lr{self.lr:g}-seed{self.seed}"
+
+
+def run(config: Compare, *, console: Console | None = None) -> list[dict[str, Any]]:
+    """Runs the trials that are not yet there; returns and writes the table.
+
+    Raises:
+      UserError: if an option makes no sense, `out` holds something else, or a trial
+        failed (its own sentence is passed on).
+    """
+    console = console or Console(stderr=True)
+    labels = _split(config.methods)
+    for label in labels:
+        name, _, rank = label.partition(":")
+        try:
+            method(name)
+        except ValueError as error:
+            raise UserError(f"--methods: {error}") from None
+        parse_rank(rank or config.rank)
+    rates, seeds = _numbers(config, "lrs", float), _numbers(config, "seeds", int)
+    _claim(config)
+
+    sweep = [Trial(label, lr, seeds[0]) for label in labels for lr in rates]
+    results = _run_all(config, sweep, console)
+    best = {
+        label: min(rates, key=lambda lr: _order(results[Trial(label, lr, seeds[0])]))
+        for label in labels
+    }
+    repeats = [Trial(label, best[label], seed) for label in labels for seed in seeds[1:]]
+    results |= _run_all(config, repeats, console)
+    rows = [
+        _row(label, best[label], {t: s for t, s in results.items() if t.label == label})
+        for label in labels
+    ]
+    report.write_json(config.out / "compare.json", rows)
+    table = report.compare_markdown(rows, baseline=labels[0])
+    (config.out / "compare.md").write_text(table)
+    report.compare_plot(rows, config.out / "compare.png")
+    return rows
+
+
+def _split(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if len(set(names)) != len(names) or not names:
+        raise UserError(f"--methods is {text!r}, expected distinct names")
+    return names
+
+
+def _numbers(config: Compare, option: str, kind: type) -> list[Any]:
+    text = getattr(config, option)
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--{option} is {text!r}, expected numbers separated by commas"
+        ) from None
+    if len(set(numbers)) != len(numbers):
+        raise UserError(f"--{option} is {text!r}: a number stands there twice")
+    return numbers
+
+
+def _claim(config: Compare) -> None:
+    """An `out` that is not empty must hold trials of this very comparison."""
+    if not config.out.exists() or not any(config.out.iterdir()):
+        return
+    marker = config.out / "compare_config.json"
+    if not marker.exists():
+        raise UserError(f"--out {config.out} holds something that is not a comparison")
+    saved, mine = json.loads(marker.read_text()), _common(config)
+    changed = [f"--{k} was {saved[k]} and is {mine[k]}" for k in mine if saved[k] != mine[k]]
+    if changed:
+        raise UserError(
+            f"--out {config.out} holds a comparison with other options:"
+            f" {'; '.join(changed)}; choose another --out"
+        )
+
+
+def _common(config: Compare) -> dict[str, Any]:
+    """The options that all trials share."""
+    varied = {"method", "methods", "lr", "lrs", "seed", "seeds", "jobs", "out", "resume"}
+    return {k: v for k, v in config.as_dict().items() if k not in varied}
+
+
+def _run_all(
+    config: Compare, trials: Sequence[Trial], console: Console
+) -> dict[Trial, dict[str, Any]]:
+    config.out.mkdir(parents=True, exist_ok=True)
+    report.write_json(config.out / "compare_config.json", _common(config))
+    shares: Queue[set[int] | None] = Queue()
+    for share in _core_shares(config.jobs):
+        shares.put(share)
+
+    def one(trial: Trial) -> dict[str, Any]:
+        share = shares.get()
+        try:
+            summary = _run_one(config, trial, share)
+        finally:
+            shares.put(share)
+        console.print(
+            f"{trial.label}  lr {trial.lr:g}  seed {trial.seed}  val loss"
+            f" {summary['val_loss']:.4f}  {summary['step_ms_median']:.0f} ms/step",
+            highlight=False,
+        )
+        return summary
+
+    with ThreadPoolExecutor(config.jobs) as pool:
+        return dict(zip(trials, pool.map(one, trials), strict=True))
+
+
+def _core_shares(jobs: int) -> list[set[int] | None]:
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+        return [None] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    return [set(cores[i::jobs]) or set(cores) for i in range(jobs)]
+
+
+def _run_one(config: Compare, trial: Trial, share: set[int] | None) -> dict[str, Any]:
+    out = config.out / "trials" / trial.name
+    summary = out / "summary.json"
+    if not summary.exists():
+        result = subprocess.run(
+            _command(config, trial, out),
+            capture_output=True,
+            text=True,
+            preexec_fn=(lambda: os.sched_setaffinity(0, share)) if share else None,
+        )
+        if result.returncode and not _diverged(result.stderr):
+            raise UserError(f"trial {trial.name}: {_last_line(result.stderr)}")
+        if result.returncode:
+            report.write_json(summary, _diverged_summary(config, trial))
+    return json.loads(summary.read_text())
+
+
+def _command(config: Compare, trial: Trial, out: Path) -> list[str]:
+    """The command line of a trial, as a person would type it."""
+    name, _, rank = trial.label.partition(":")
+    options = {f.name: getattr(config, f.name) for f in fields(Pretrain)}
+    options |= dict(method=name, lr=trial.lr, seed=trial.seed, out=out)
+    options |= dict(rank=rank or config.rank, resume=(out / "checkpoints").is_dir())
+    command = [sys.executable, "-m", "train", "pretrain"]
+    for option, value in options.items():
+        flag = option.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command.append(f"--{flag}={value}")
+    return command
+
+
+def _diverged(stderr: str) -> bool:
+    return "updates in a row were not finite" in stderr
+
+
+def _diverged_summary(config: Compare, trial: Trial) -> dict[str, Any]:
+    keys = "val_tokens tokens_per_s saved_activation_bytes gradient_bytes"
+    keys += " optimizer_state_bytes peak_bytes rank"
+    nan = float("nan")
+    return {
+        **dict.fromkeys(keys.split()),
+        **dict(method=trial.label, lr=trial.lr, seed=trial.seed, val_loss=nan),
+        **dict(step_ms_median=nan, curve=[]),
+    }
+
+
+def _last_line(text: str) -> str:
+    return (text.strip() or "failed without a word").splitlines()[-1]
+
+
+def _order(summary: dict[str, Any]) -> float:
+    loss = summary["val_loss"]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def _row(
+    label: str, best: float, results: dict[Trial, dict[str, Any]]
+) -> dict[str, Any]:
+    """The method at its best learning rate, averaged over seeds."""
+    chosen = [summary for trial, summary in results.items() if trial.lr == best]
+    first = chosen[0]
+    copied = "val_tokens tokens_per_s step_ms_median saved_activation_bytes"
+    copied += " gradient_bytes optimizer_state_bytes peak_bytes rank curve"
+    return {
+        "method": label,
+        "val_loss": statistics.fmean(s["val_loss"] for s in chosen),
+        "lr": best,
+        **{key: first[key] for key in copied.split()},
+        "seeds": [s["seed"] for s in chosen],
+        "all": [
+            {k: summary[k] for k in ("lr", "seed", "val_loss", "curve")}
+            for summary in results.values()
+        ],
+        "config": first.get("config"),
+        "machine": first.get("machine"),
+    }
+
+
+def main(config: Compare) -> int:
+    run(config)
+    print((config.out / "compare.md").read_text())
+    return 0
