@@ -76,7 +76,9 @@ def projected_dense(
     _check(x, kernels, slots, basis, stride)
     if energy is None:
         energy = jnp.zeros((), jnp.float32)
-    return _projected_dense(_Options(stride, precision), x, kernels, slots, basis, energy)
+    return _projected_dense(
+        _Options(stride, precision), x, kernels, slots, basis, energy
+    )
 
 
 def _check(x: Array, kernels, slots, basis: Array, stride: int) -> None:
@@ -96,7 +98,7 @@ def _check(x: Array, kernels, slots, basis: Array, stride: int) -> None:
         )
     if stride < 1:
         raise ValueError(f"projected_dense: stride is {stride}, expected at least 1")
-    for i, (kernel, slot) in enumerate(zip(kernels, slots)):
+    for i, (kernel, slot) in enumerate(zip(kernels, slots, strict=True)):
         if kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"projected_dense: kernel {i} has shape {kernel.shape}, expected"
@@ -162,7 +164,7 @@ def _backward(options, residuals, cotangents):
     dx = None
     # Last first: autodiff adds the cotangents of a shared input in this order, and
     # in bfloat16 the order shows.
-    for kernel, dy in reversed(tuple(zip(kernels, cotangents))):
+    for kernel, dy in reversed(tuple(zip(kernels, cotangents, strict=True))):
         part = lax.dot_general(
             dy,
             kernel.astype(dy.dtype),

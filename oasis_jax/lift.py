@@ -34,4 +34,3 @@ def lift(basis: Array, coordinates: Array, dtype=None) -> Array:
         preferred_element_type=jnp.float32,
     )
     return product.astype(dtype or coordinates.dtype)
-

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
@@ -40,11 +39,13 @@ def _project(
     dtype = canonicalize_dtype(x, *arrays, dtype=dtype)
     # The kernel is cast inside the operation, so that no cast copy of it is saved.
     outputs = projection(
-        x.astype(dtype), {name: kernel for name, (kernel, _) in weights.items()}, precision
+        x.astype(dtype),
+        {name: kernel for name, (kernel, _) in weights.items()},
+        precision,
     )
     return tuple(
         y if bias is None else y + bias.astype(dtype)
-        for y, (_, bias) in zip(outputs, weights.values())
+        for y, (_, bias) in zip(outputs, weights.values(), strict=True)
     )
 
 

@@ -36,7 +36,7 @@ def saved_activations(function: Callable, *args: Any) -> list[jax.core.ShapedArr
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     """Arguments + outputs + temporaries - aliased, as the compiler reports them."""
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     return (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
@@ -64,7 +64,9 @@ def step_memory(
       their sum, since buffers are shared in time and scratch space is added.
     """
     micro = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((a.shape[0] // accumulate, *a.shape[1:]), a.dtype),
+        lambda a: jax.ShapeDtypeStruct(
+            (a.shape[0] // accumulate, *a.shape[1:]), a.dtype
+        ),
         args,
     )
     _, grads = jax.eval_shape(state.value_and_grad(_value_of(loss_fn)), *micro)

@@ -60,7 +60,9 @@ METHODS: dict[str, Method] = {
     "oasis-random": Method(
         "a random basis every 50 steps, moments reset", Random(50), "reset"
     ),
-    "oasis-unaligned": Method("tracked, columns left where they were", Oja(axes="none")),
+    "oasis-unaligned": Method(
+        "tracked, columns left where they were", Oja(axes="none")
+    ),
     "oasis-gradient": Method(
         "tracked, columns on the gradient's axes", Oja(axes="gradient")
     ),

@@ -6,7 +6,7 @@ each call (`basis=`, keyed by the kernel's path), so nothing here knows about ra
 or models, and a tree without projected leaves gets ordinary AdamW.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from oasis_jax.transport import TRANSPORTS, Transport, reset, stood_still
 class ScaleByOasisAdamState(NamedTuple):
     """State of `scale_by_oasis_adam`; leaves have the shapes of the gradients."""
 
-    count: Array  # int32 (), updates taken
+    count: Array  # type: ignore[assignment]  # int32 (), updates taken
     mu: optax.Updates  # first moment: (..., r, n_out) where projected
     nu: optax.Updates  # second moment, float32, same shapes
     age: Any  # updates since the last reset, int32 () a leaf; () unless resetting
@@ -115,6 +115,7 @@ def scale_by_oasis_adam(
                     age = jnp.where(jnp.all(stood_still(r)), age, 0)
             return lift(p, scale * direction, _dtype(param, grad)), mu, nu, age
 
+        treedef: Any
         paths_grads, treedef = jax.tree_util.tree_flatten_with_path(updates)
         size = len(paths_grads)
         leaves = [
@@ -125,10 +126,12 @@ def scale_by_oasis_adam(
                 treedef.flatten_up_to(state.nu),
                 treedef.flatten_up_to(ages) if resets else [count] * size,
                 [None] * size if params is None else treedef.flatten_up_to(params),
+                strict=True,
             )
         ]
         new, mu, nu, ages = (
-            treedef.unflatten(column) for column in (zip(*leaves) if leaves else [()] * 4)
+            treedef.unflatten(column)
+            for column in (zip(*leaves, strict=True) if leaves else [()] * 4)
         )
         mu = optax.tree.cast(mu, mu_dtype)
         return new, ScaleByOasisAdamState(count, mu, nu, ages if resets else ())

@@ -127,7 +127,9 @@ class Selection:
         return "\n".join(lines)
 
 
-def select(params: Any, declared: Any, rules: Sequence[Rule] = DEFAULT_RULES) -> Selection:
+def select(
+    params: Any, declared: Any, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Selection:
     """Decides which of a model's declared kernels are projected.
 
     Args:
@@ -158,7 +160,7 @@ def select(params: Any, declared: Any, rules: Sequence[Rule] = DEFAULT_RULES) ->
 
     def decide(path: str, place: Projection) -> Projection:
         chosen: dict[str, Rule] = {}
-        for name, kernel in zip(place.kernels, kernel_paths(path, place)):
+        for name, kernel in zip(place.kernels, kernel_paths(path, place), strict=True):
             candidates.append(kernel)
             index = next(
                 (i for i, rule in enumerate(rules) if re.search(rule.pattern, kernel)),

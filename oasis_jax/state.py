@@ -111,38 +111,34 @@ class OasisTrainState:
         Args:
           apply_fn: Usually `model.apply`.
           params, subspace: As `model.init` returned them; the latter says which
-            layers can be projected. Without it nothing is.
+            layers can be projected.
           tx: An Optax optimizer. With projected kernels it must lift their updates,
             as `oasis_adam` does.
-          rules: Which kernels, which rank; or a `Selection` made of them.
+          rules: Which kernels, which rank; or a `Selection` made of them. `()` projects
+            nothing.
           seed: For the bases.
 
         Raises:
           ValueError: as `select` does; or if `tx` returns updates that do not have
             the parameters' shapes (names the first such path and both shapes).
         """
-        if isinstance(rules, Selection):
-            selection = rules
-        else:
-            declared = {} if subspace is None else subspace
-            selection = select(params, declared, rules if subspace is not None else ())
-        seed = jnp.asarray(seed, jnp.uint32)
-        subspace = selection.init(jax.random.key(seed))
+        if not isinstance(rules, Selection):
+            rules = select(params, {} if subspace is None else subspace, rules)
+        subspace = rules.init(jax.random.key(seed))
         tx = optax.with_extra_args_support(tx)
-        zeros = {k: jnp.zeros(p.basis.shape[:-2]) for k, p in _places(subspace).items()}
         state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             subspace=subspace,
             opt_state=tx.init(_slots_in_place(params, sub.probe(subspace, params))),
             diagnostics=Diagnostics(
-                captured_energy=zeros,
-                motion=zeros,
+                captured_energy=_zeros(subspace),
+                motion=_zeros(subspace),  # not the same arrays: all are donated
                 gradient_norm=jnp.zeros(()),
                 skipped=jnp.zeros((), jnp.int32),
                 skipped_in_a_row=jnp.zeros((), jnp.int32),
             ),
-            seed=seed,
+            seed=jnp.asarray(seed, jnp.uint32),
             apply_fn=apply_fn,
             tx=tx,
         )
@@ -235,7 +231,7 @@ class OasisTrainState:
             diagnostics=Diagnostics(
                 captured_energy=sub.captured_energy(self.subspace, grads.observations),
                 motion=sub.moved_share(motions),
-                gradient_norm=optax.global_norm(grads.params),
+                gradient_norm=optax.tree.norm(grads.params),
                 skipped=before.skipped + skip,
                 skipped_in_a_row=jnp.where(finite, 0, before.skipped_in_a_row + 1),
             ),
@@ -296,15 +292,16 @@ def map_bases(subspace: Any, probe: Any) -> Any:
     )
 
 
-def _places(subspace: Any) -> dict[str, sub.Projection]:
-    return sub.projections(subspace)
+def _zeros(subspace: Any) -> dict[str, Array]:
+    places = sub.projections(subspace)
+    return {path: jnp.zeros(p.basis.shape[:-2]) for path, p in places.items()}
 
 
 def _slots_in_place(params: Any, probe: Any) -> Any:
     """The tree of `params` with every projected kernel's leaf replaced by its slot."""
-    slots = {}
+    slots: dict[str, Any] = {}
     for path, p in sub.projections(probe).items():
-        slots.update(zip(sub.kernel_paths(path, p), p.slots))
+        slots.update(zip(sub.kernel_paths(path, p), p.slots, strict=True))
     return map_with_paths(
         lambda path, leaf: slots.get(path, leaf),
         params,

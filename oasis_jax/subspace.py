@@ -17,7 +17,7 @@ from jax import Array
 
 from oasis_jax.dense import dense, projected_dense
 from oasis_jax.paths import flatten_paths, map_with_paths, path_hash
-from oasis_jax.trackers import Tracker, motion
+from oasis_jax.trackers import motion
 
 COLLECTION = "subspace"
 """The Flax collection; list it in `variable_axes` when scanning over layers."""
@@ -34,7 +34,7 @@ class Projection:
 
     Attributes:
       kernels: Paths of the kernels, relative to the module that declares this.
-      tracker: How the basis moves.
+      tracker: A `Tracker`: how the basis moves.
       stride: Token stride of what the tracker sees.
       basis: P, (..., n_in, r) float32; of an observation, the energy gradient S.
       slots: One (..., r, n_out) float32 per kernel, only in a differentiated call; of
@@ -44,12 +44,13 @@ class Projection:
     """
 
     kernels: tuple[str, ...] = _static(())
-    tracker: Tracker | None = _static()
+    tracker: Any = _static()
     stride: int = _static(1)
-    basis: Array | None = None
-    slots: tuple[Array, ...] | None = None
-    energy: Array | None = None
-    gram: Array | None = None
+    # Any, for each is an array in some roles and None in others.
+    basis: Any = None
+    slots: Any = None
+    energy: Any = None
+    gram: Any = None
 
     def __call__(
         self, x: Array, kernels: Mapping[str, Array], precision=None
@@ -57,20 +58,16 @@ class Projection:
         """Applies `kernels` (by relative path) to `x`; projects those it can."""
         if self.basis is None or self.slots is None:
             return tuple(dense(x, kernel, precision) for kernel in kernels.values())
-        outputs = dict(
-            zip(
-                self.kernels,
-                projected_dense(
-                    x,
-                    [kernels[name] for name in self.kernels],
-                    self.slots,
-                    self.basis,
-                    self.energy,
-                    stride=self.stride,
-                    precision=precision,
-                ),
-            )
+        projected = projected_dense(
+            x,
+            [kernels[name] for name in self.kernels],
+            self.slots,
+            self.basis,
+            self.energy,
+            stride=self.stride,
+            precision=precision,
         )
+        outputs = dict(zip(self.kernels, projected, strict=True))
         return tuple(
             outputs[name] if name in outputs else dense(x, kernel, precision)
             for name, kernel in kernels.items()

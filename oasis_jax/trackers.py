@@ -29,11 +29,15 @@ _EXACT = jax.lax.Precision.HIGHEST
 class Tracker(Protocol):
     """An `init`/`update` pair; see the module's docstring."""
 
+    name: ClassVar[str]
+
     def init(self, key: Array, shape: tuple[int, ...]) -> Array:
         """A first orthonormal basis, (..., n_in, r) float32."""
         ...
 
-    def update(self, basis: Array, observation: Array, step: Array, key: Array) -> Array:
+    def update(
+        self, basis: Array, observation: Array, step: Array, key: Array
+    ) -> Array:
         """The basis for the next step; same shape and dtype, orthonormal columns.
 
         Args:
@@ -163,7 +167,9 @@ class Oja:
     def init(self, key: Array, shape: tuple[int, ...]) -> Array:
         return _random_basis(key, shape)
 
-    def update(self, basis: Array, observation: Array, step: Array, key: Array) -> Array:
+    def update(
+        self, basis: Array, observation: Array, step: Array, key: Array
+    ) -> Array:
         del key
         p = basis.astype(jnp.float32)
         s = _scale_free(p, observation.astype(jnp.float32))
@@ -205,12 +211,16 @@ class Random:
 
     def __post_init__(self):
         if self.interval < 1:
-            raise ValueError(f"random: interval is {self.interval}, expected at least 1")
+            raise ValueError(
+                f"random: interval is {self.interval}, expected at least 1"
+            )
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Array:
         return _random_basis(key, shape)
 
-    def update(self, basis: Array, observation: Array, step: Array, key: Array) -> Array:
+    def update(
+        self, basis: Array, observation: Array, step: Array, key: Array
+    ) -> Array:
         del observation
         step = jnp.asarray(step)
         due = (step >= 0) & ((step + 1) % self.interval == 0)
@@ -234,7 +244,9 @@ class Fixed:
     def init(self, key: Array, shape: tuple[int, ...]) -> Array:
         return _random_basis(key, shape)
 
-    def update(self, basis: Array, observation: Array, step: Array, key: Array) -> Array:
+    def update(
+        self, basis: Array, observation: Array, step: Array, key: Array
+    ) -> Array:
         return jax.lax.cond(
             jnp.asarray(step) == WARM_START,
             lambda: Oja(first=self.first).update(basis, observation, step, key),

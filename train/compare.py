@@ -40,7 +40,7 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
       UserError: if an option makes no sense, `out` holds something else, or a trial
         failed (its own sentence is passed on).
     """
-    console = console or Console(stderr=True)
+    console = console or report.console()
     labels = _split(config.methods)
     for label in labels:
         name, _, rank = label.partition(":")
@@ -58,7 +58,9 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
         label: min(rates, key=lambda lr: _order(results[Trial(label, lr, seeds[0])]))
         for label in labels
     }
-    repeats = [Trial(label, best[label], seed) for label in labels for seed in seeds[1:]]
+    repeats = [
+        Trial(label, best[label], seed) for label in labels for seed in seeds[1:]
+    ]
     results |= _run_all(config, repeats, console)
     rows = [
         _row(label, best[label], {t: s for t, s in results.items() if t.label == label})
@@ -99,7 +101,9 @@ def _claim(config: Compare) -> None:
     if not marker.exists():
         raise UserError(f"--out {config.out} holds something that is not a comparison")
     saved, mine = json.loads(marker.read_text()), _common(config)
-    changed = [f"--{k} was {saved[k]} and is {mine[k]}" for k in mine if saved[k] != mine[k]]
+    changed = [
+        f"--{k} was {saved[k]} and is {mine[k]}" for k in mine if saved[k] != mine[k]
+    ]
     if changed:
         raise UserError(
             f"--out {config.out} holds a comparison with other options:"
@@ -109,7 +113,17 @@ def _claim(config: Compare) -> None:
 
 def _common(config: Compare) -> dict[str, Any]:
     """The options that all trials share."""
-    varied = {"method", "methods", "lr", "lrs", "seed", "seeds", "jobs", "out", "resume"}
+    varied = {
+        "method",
+        "methods",
+        "lr",
+        "lrs",
+        "seed",
+        "seeds",
+        "jobs",
+        "out",
+        "resume",
+    }
     return {k: v for k, v in config.as_dict().items() if k not in varied}
 
 
@@ -131,7 +145,6 @@ def _run_all(
         console.print(
             f"{trial.label}  lr {trial.lr:g}  seed {trial.seed}  val loss"
             f" {summary['val_loss']:.4f}  {summary['step_ms_median']:.0f} ms/step",
-            highlight=False,
         )
         return summary
 

@@ -79,7 +79,14 @@ class Pretrain:
     """Where TFDS datasets lie, for tfds:NAME."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "seq", "accumulate", "eval_every", "eval_batches"):
+        for name in (
+            "steps",
+            "batch",
+            "seq",
+            "accumulate",
+            "eval_every",
+            "eval_batches",
+        ):
             _at_least(self, name, 1)
         for name in ("checkpoint_every", "log_every", "max_skips", "stride"):
             _at_least(self, name, 1)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.memory import step_memory
@@ -77,15 +81,21 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
             optax.clip_by_global_norm(config.clip), row.optimizer(schedule, **adam)
         )
         # Under jit, the initial tokens are never made.
-        params = jax.jit(lambda: init(jnp.zeros(tokens.shape, tokens.dtype)))()["params"]
+        params = jax.jit(lambda: init(jnp.zeros(tokens.shape, tokens.dtype)))()[
+            "params"
+        ]
         state = OasisTrainState.create(
-            apply_fn=model.apply, params=params, tx=tx, rules=selection, seed=config.seed
+            apply_fn=model.apply,
+            params=params,
+            tx=tx,
+            rules=selection,
+            seed=config.seed,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
 
     def loss_fn(variables: Any, batch: Batch) -> jax.Array:
-        logits = model.apply(
+        logits: Any = model.apply(
             variables, batch["tokens"][:, :-1], batch["segments"][:, :-1]
         )
         return jnp.mean(llama.token_losses(logits, batch["tokens"][:, 1:]))
@@ -100,7 +110,7 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
       UserError, DataError, CheckpointError: if something is wrong that the user can
         mend; the run's files are as the last finished step left them.
     """
-    console = console or Console(stderr=True)
+    console = console or report.console()
     checkpoint_directory = config.out / "checkpoints"
     _claim(config)
     data = load(
@@ -110,7 +120,7 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
         data_dir=config.data_dir,
         progress=console.is_terminal,
     )
-    console.print(f"data       {data.description}", highlight=False)
+    console.print(f"data       {data.description}")
     batches = data.train(config.batch, config.seq, config.seed)
     data.validation(config.batch, config.seq)  # too short a split is found now
     setup = set_up(config, data.vocab_size)
@@ -122,7 +132,7 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
         done, state = 0, setup.state
         if config.resume:
             done, state = _resume(config, checkpoints, state, batches, data)
-            console.print(f"resumed    {config.out} after step {done}", highlight=False)
+            console.print(f"resumed    {config.out} after step {done}")
         elif state.subspace:
             first = next(data.train(config.batch, config.seq, config.seed))
             state = jax.jit(lambda s, b: s.warm_start(setup.loss_fn, b))(state, first)
@@ -163,7 +173,9 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
                     log({"step": done, **evaluate(state)})
                 checkpoints.save(done, state, config=about, data=batches)
                 if stopped():
-                    checkpoints.save(done, state, config=about, data=batches, force=True)
+                    checkpoints.save(
+                        done, state, config=about, data=batches, force=True
+                    )
                     raise UserError(
                         f"stopped after step {done}, which is saved; continue with"
                         f" --resume --out {config.out}"
@@ -213,9 +225,9 @@ def _compiled_step(setup: Setup, state: OasisTrainState, config: Pretrain):
     """The train step, compiled once and for all, with the state donated."""
 
     def step(state: OasisTrainState, batch: Batch):
-        loss, grads = state.value_and_grad(
-            setup.loss_fn, accumulate=config.accumulate
-        )(batch)
+        loss, grads = state.value_and_grad(setup.loss_fn, accumulate=config.accumulate)(
+            batch
+        )
         return state.apply_gradients(grads), loss
 
     jitted = jax.jit(step, donate_argnums=0)
@@ -236,7 +248,7 @@ def _evaluate(
 
 @partial(jax.jit, static_argnums=0)
 def _held_out(model: llama.Llama, params: Any, batch: Batch):
-    logits = model.apply(
+    logits: Any = model.apply(
         {"params": params}, batch["tokens"][:, :-1], batch["segments"][:, :-1]
     )
     losses = llama.token_losses(logits, batch["tokens"][:, 1:])
@@ -273,7 +285,6 @@ def _report_skip(
     console.print(
         f"step {done}: gradients or activations not finite, update skipped"
         f" ({in_a_row} in a row, {int(seen.skipped)} in all)",
-        highlight=False,
     )
     if in_a_row >= config.max_skips:
         raise UserError(
@@ -290,11 +301,10 @@ def _describe(
     console.print(
         f"model      {config.preset}, {count:,} parameters, {config.dtype},"
         f" remat {config.remat}",
-        highlight=False,
     )
-    console.print(f"method     {config.method}", highlight=False)
+    console.print(f"method     {config.method}")
     if setup.selection.matches:
-        console.print(str(setup.selection), highlight=False, markup=False)
+        console.print(str(setup.selection))
     total = parts["peak"]
     named = {k.replace("_", " "): v for k, v in parts.items() if k != "peak"}
     console.print(report.memory_table(named, total, "What a step needs"))
@@ -311,9 +321,7 @@ def _finish(
     records = report.read_metrics(config.out / "metrics.jsonl")
     # The first step of a process pays for what is set up lazily.
     median = statistics.median(step_seconds[1:] or step_seconds or [float("nan")])
-    energies = [
-        float(np.mean(e)) for e in state.diagnostics.captured_energy.values()
-    ]
+    energies = [float(np.mean(e)) for e in state.diagnostics.captured_energy.values()]
     summary = {
         "method": config.method,
         **result,
@@ -399,7 +407,7 @@ def _progress(console: Console, config: Pretrain, done: int) -> Iterator[Callabl
                 status += f"  energy {np.mean(shares):.3f}"
             bar.update(task, completed=step, status=status)
             if not console.is_terminal and step % every == 0:
-                console.print(f"step {step}/{config.steps}  {status}", highlight=False)
+                console.print(f"step {step}/{config.steps}  {status}")
 
         yield show
 

@@ -24,6 +24,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 Record = Mapping[str, Any]
@@ -31,6 +32,11 @@ Record = Mapping[str, Any]
 INK, FAINT = "#333333", "#b8c4d0"
 # Okabe and Ito's palette, which survives colour blindness, without its yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
+
+
+def console() -> Console:
+    """Where progress is told: standard error, one line a line, whatever its width."""
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 # --- Records ------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class LlamaConfig:
       width, hidden: Of the residual stream and of the MLP.
       layers, heads, kv_heads: Counts; `heads` must divide by `kv_heads`.
       tied: Whether the output head is the embedding, transposed.
-      head_size: `width // heads` if None.
+      head_size: `width // heads` if 0.
       dtype, param_dtype: Of the computation and of the parameters.
       remat: One of `REMAT`.
     """
@@ -51,7 +51,7 @@ class LlamaConfig:
     heads: int
     kv_heads: int
     tied: bool = False
-    head_size: int | None = None
+    head_size: int = 0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     dtype: Any = jnp.float32
@@ -65,7 +65,7 @@ class LlamaConfig:
             raise ValueError(
                 f"{self.heads} heads do not divide into {self.kv_heads} kv heads"
             )
-        if self.head_size is None:
+        if not self.head_size:
             if self.width % self.heads:
                 raise ValueError(
                     f"width {self.width} does not divide into {self.heads} heads"
@@ -141,9 +141,7 @@ class Attention(nn.Module):
             **options,
         )
         heads = [a.reshape(*a.shape[:-1], -1, c.head_size) for a in (q, k, v)]
-        out_BTHE = _maybe_recompute(_attend, c)(
-            *heads, segments_BT, theta=c.rope_theta
-        )
+        out_BTHE = _maybe_recompute(_attend, c)(*heads, segments_BT, theta=c.rope_theta)
         out = out_BTHE.reshape(*x_BTD.shape[:-1], -1)
         return OasisDense(c.width, name="o_proj", **options)(out)
 
@@ -225,7 +223,9 @@ class Llama(nn.Module):
         if c.tied:
             logits = embed.attend(x_BTD)
         else:
-            logits = OasisDense(c.vocab_size, name="lm_head", **_dense_options(c))(x_BTD)
+            logits = OasisDense(c.vocab_size, name="lm_head", **_dense_options(c))(
+                x_BTD
+            )
         return logits.astype(jnp.float32)
 
 
@@ -282,5 +282,9 @@ def _attend(
     if segments is not None:
         mask = (segments[:, :, None] == segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        _rotate(q_BTHE, theta), _rotate(k_BTKE, theta), v_BTKE, mask=mask, is_causal=True
+        _rotate(q_BTHE, theta),
+        _rotate(k_BTKE, theta),
+        v_BTKE,
+        mask=mask,
+        is_causal=True,
     )

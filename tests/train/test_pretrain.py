@@ -1,0 +1,267 @@
+"""Training runs end to end: results, resumption, skipped updates, bad input."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import pretrain
+from train.__main__ import main
+from train.config import Pretrain, UserError
+
+WORDS = "the basis follows the activations a little every step and the moments go along "
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text(WORDS * 200)
+    return path
+
+
+@pytest.fixture
+def small(corpus, tmp_path) -> Pretrain:
+    return Pretrain(
+        data=str(corpus),
+        cache=tmp_path / "cache",
+        out=tmp_path / "run",
+        steps=8,
+        batch=4,
+        seq=16,
+        eval_every=4,
+        eval_batches=2,
+        checkpoint_every=2,
+        log_every=1,
+    )
+
+
+def flags(config: Pretrain) -> list[str]:
+    """The command line that gives this configuration."""
+    words = ["pretrain"]
+    for field in dataclasses.fields(Pretrain):
+        value = getattr(config, field.name)
+        if isinstance(value, bool):
+            words += [f"--{field.name}"] if value else []
+        elif value is not None:
+            words.append(f"--{field.name.replace('_', '-')}={value}")
+    return words
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpointed(out: Path, config: Pretrain):
+    """The state in the newest checkpoint of a run, as a list of arrays."""
+    from oasis_jax.checkpoints import Checkpoints
+
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        step, state = checkpoints.restore(pretrain.set_up(config, 256).state)
+    return step, [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize("method", ["oasis", "adamw"])
+def test_run_writes_what_it_promises(small, method):
+    config = dataclasses.replace(small, method=method, tensorboard=True)
+    summary = pretrain.run(config)
+    assert json.loads((config.out / "summary.json").read_text()) == summary
+    assert summary["val_loss"] < np.log(256)
+    assert summary["curve"][-1] == [8, summary["val_loss"]]
+    training = [r for r in lines(config.out) if "loss" in r]
+    assert [r["step"] for r in training] == list(range(1, 9))
+    assert training[-1]["loss"] < training[0]["loss"]
+    energies = training[-1]["captured_energy"]
+    if method == "oasis":
+        assert set(energies) == {
+            "blocks/attn/qkv",
+            "blocks/attn/o_proj",
+            "blocks/mlp/gate_up",
+            "blocks/mlp/down_proj",
+        }
+        assert all(len(layers) == 4 for layers in energies.values())
+        assert all(0 < e <= 1.0001 for layers in energies.values() for e in layers)
+    else:
+        assert energies == {}
+    assert (config.out / "loss.png").stat().st_size > 5_000
+    assert (config.out / "energy.png").exists() == (method == "oasis")
+    assert list((config.out / "tensorboard").iterdir())
+
+
+def test_oasis_needs_less_than_adamw(small):
+    oasis = pretrain.run(dataclasses.replace(small, rank="0.125", steps=1))
+    out = small.out.with_name("adamw")
+    adamw = pretrain.run(dataclasses.replace(small, method="adamw", steps=1, out=out))
+    for part in ("saved_activation", "gradient", "optimizer_state", "peak"):
+        assert oasis[f"{part}_bytes"] < adamw[f"{part}_bytes"], part
+    assert oasis["weight_bytes"] == adamw["weight_bytes"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "oasis-random"}, {"method": "adamw"}, {"accumulate": 2}],
+    ids=["oasis", "random", "adamw", "accumulate"],
+)
+def test_resume_is_bit_equal(small, changes, monkeypatch):
+    config = dataclasses.replace(small, **changes)
+    pretrain.run(config)
+    whole = checkpointed(config.out, config)
+
+    broken = dataclasses.replace(config, out=config.out.with_name("broken"))
+    real = pretrain._record
+
+    def killed(done, *rest):
+        if done == 5:
+            raise RuntimeError("the machine went away")
+        return real(done, *rest)
+
+    monkeypatch.setattr(pretrain, "_record", killed)
+    with pytest.raises(RuntimeError, match="went away"):
+        pretrain.run(broken)
+    monkeypatch.undo()
+    pretrain.run(dataclasses.replace(broken, resume=True))
+    resumed = checkpointed(broken.out, config)
+
+    assert resumed[0] == whole[0] == 8
+    assert len(resumed[1]) == len(whole[1])
+    for a, b in zip(resumed[1], whole[1], strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    strip = ("step", "loss", "val_loss", "captured_energy")
+    assert [[r.get(k) for k in strip] for r in lines(broken.out)] == [
+        [r.get(k) for k in strip] for r in lines(config.out)
+    ]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(small, tmp_path):
+    config = dataclasses.replace(small, steps=100_000, checkpoint_every=100_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *flags(config)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = config.out / "metrics.jsonl"
+    for line in process.stderr:
+        if line.startswith("step") or (metrics.exists() and metrics.stat().st_size):
+            break
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "which is saved; continue with --resume" in message
+    step, _ = checkpointed(config.out, config)
+    assert step == lines(config.out)[-1]["step"]
+
+
+def test_damaged_newest_checkpoint_falls_back(small):
+    pretrain.run(small)
+    newest = max((small.out / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match=rf"{newest}.*falling back"):
+        summary = pretrain.run(dataclasses.replace(small, resume=True))
+    assert summary["curve"][-1][0] == 8
+    assert newest.exists() or (newest.parent / "superseded").exists()
+
+
+def test_not_finite_updates_are_skipped_counted_and_stop(small, monkeypatch, capsys):
+    config = dataclasses.replace(small, max_skips=3, steps=20, checkpoint_every=1)
+    real = pretrain.set_up
+
+    def poisoned(config, vocab_size):
+        setup = real(config, vocab_size)
+
+        def loss_fn(variables, batch):
+            loss = setup.loss_fn(variables, batch)
+            bad = jnp.sum(batch["tokens"]) % 2 == 0
+            return jnp.where(bad, jnp.nan * loss, loss)
+
+        return dataclasses.replace(setup, loss_fn=loss_fn)
+
+    monkeypatch.setattr(pretrain, "set_up", poisoned)
+    with pytest.raises(UserError, match="3 updates in a row were not finite"):
+        pretrain.run(config)
+    said = capsys.readouterr().err
+    assert "update skipped (1 in a row, 1 in all)" in said
+    assert "update skipped (3 in a row" in said
+    monkeypatch.undo()
+    _, leaves = checkpointed(config.out, config)
+    assert all(np.isfinite(leaf).all() for leaf in leaves if leaf.dtype.kind == "f")
+
+
+BAD = {
+    "rank above n_in": (dict(rank="4096"), "has only 128 input features"),
+    "rank zero": (dict(rank="0"), "rank is 0"),
+    "rank above one": (dict(rank="1.5"), "rank is 1.5"),
+    "rank no number": (dict(rank="half"), "--rank is 'half'"),
+    "rule without match": (dict(pattern="mpl/"), "rule 'mpl/' matches no kernel"),
+    "method": (dict(method="osais"), "method is 'osais', expected one of adamw, oasis"),
+    "preset": (dict(preset="llama-2"), "preset is 'llama-2', expected one of llama-tiny"),
+    "remat": (dict(remat="all"), "remat is 'all'"),
+    "lr": (dict(lr=-1.0), "--lr is -1.0"),
+    "lr nan": (dict(lr=float("nan")), "--lr is nan"),
+    "steps": (dict(steps=0), "--steps is 0, expected at least 1"),
+    "accumulate": (dict(accumulate=3), "--batch 4 does not divide into --accumulate 3"),
+    "dtype": (dict(dtype="float8"), "--dtype is 'float8'"),
+    "missing data": (dict(data="nowhere.txt"), "nowhere.txt"),
+    "too short": (dict(seq=100_000), "too short"),
+}
+
+
+@pytest.mark.parametrize("changes, sentence", BAD.values(), ids=BAD)
+def test_bad_options(small, changes, sentence, capsys):
+    words = flags(small)
+    for name, value in changes.items():
+        words = [w for w in words if not w.startswith(f"--{name}=")]
+        words.append(f"--{name}={value}")
+    assert main(words) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and sentence in said
+    assert not small.out.exists()
+
+
+def test_refuses_to_write_over_another_run(small, capsys):
+    small.out.mkdir()
+    (small.out / "thesis.txt").write_text("ten years of work")
+    assert main(flags(small)) == 1
+    assert f"--out {small.out} already holds something" in capsys.readouterr().err
+    assert [p.name for p in small.out.iterdir()] == ["thesis.txt"]
+
+
+def test_resume_without_a_run(small, capsys):
+    assert main(flags(dataclasses.replace(small, resume=True))) == 1
+    assert "there is no run in --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"method": "adamw"}, "--method was oasis and is adamw"),
+        ({"preset": "llama-60m"}, "--preset was llama-tiny and is llama-60m"),
+        ({"rank": "0.5"}, "--rank was 0.25 and is 0.5"),
+    ],
+)
+def test_resume_with_other_options(small, changes, sentence, capsys):
+    pretrain.run(dataclasses.replace(small, steps=2))
+    before = {p: p.read_bytes() for p in small.out.rglob("*") if p.is_file()}
+    again = dataclasses.replace(small, steps=2, resume=True, **changes)
+    assert main(flags(again)) == 1
+    assert sentence in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in small.out.rglob("*") if p.is_file()}
+
+
+def test_resume_with_other_text(small, corpus, tmp_path, capsys):
+    text = tmp_path / "mine.txt"
+    text.write_text(corpus.read_text())
+    config = dataclasses.replace(small, data=str(text), steps=2)
+    pretrain.run(config)
+    text.write_text(corpus.read_text()[::-1])
+    assert main(flags(dataclasses.replace(config, resume=True))) == 1
+    assert "the text or its tokenizer changed" in capsys.readouterr().err
