@@ -268,20 +268,24 @@ class OasisTrainState:
     def _check_lifted(self) -> None:
         """Finds an optimizer that does not lift now, not at the first step."""
         grads = _slots_in_place(self.params, sub.probe(self.subspace, self.params))
-        updates, _ = jax.eval_shape(
-            lambda g, s, p, b: self.tx.update(g, s, p, basis=b),
-            grads,
-            self.opt_state,
-            self.params,
-            sub.bases(self.subspace),
-        )
-        shapes = {path: leaf.shape for path, leaf in flatten_paths(updates).items()}
-        for path, leaf in flatten_paths(self.params).items():
-            if shapes.get(path, leaf.shape) != leaf.shape:
+        projected = sub.bases(self.subspace)
+        wanted = {path: leaf.shape for path, leaf in flatten_paths(self.params).items()}
+        try:
+            updates, _ = jax.eval_shape(
+                lambda g, s, p, b: self.tx.update(g, s, p, basis=b),
+                grads,
+                self.opt_state,
+                self.params,
+                projected,
+            )
+        except TypeError:  # it added, say, a decayed weight to a projected gradient
+            updates = grads
+        for path, update in flatten_paths(updates).items():
+            if update.shape != wanted[path]:
                 raise ValueError(
-                    f"{path}: the optimizer returns an update of shape {shapes[path]}"
-                    f" for a parameter of shape {leaf.shape}; with projected kernels use"
-                    " oasis_adam, or pass rules=() to project none"
+                    f"{path}: the optimizer leaves its projected gradient of shape"
+                    f" {update.shape} unlifted, for a parameter of shape {wanted[path]};"
+                    " use oasis_adam, or pass rules=() to project nothing"
                 )
 
 

@@ -164,6 +164,9 @@ def _align(p: Projection, new: Array, coordinates) -> tuple[Array, Array]:
     moved = motion(new, p.basis)
     gram = moved @ gram @ moved.mT
     rotation = p.tracker.align(new, gram)
+    # An eigenvector has no sign; each column takes that of the old one in its place.
+    backwards = jnp.sum((new @ rotation) * p.basis, axis=-2, keepdims=True) < 0
+    rotation = jnp.where(backwards, -rotation, rotation)
     return (new @ rotation).astype(new.dtype), rotation.mT @ gram @ rotation
 
 

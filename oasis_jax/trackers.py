@@ -111,43 +111,44 @@ def _random_basis(key: Array, shape: tuple[int, ...]) -> Array:
     return orthonormalise(jax.random.normal(key, shape, jnp.float32))
 
 
-def _mean_eigenvalue(basis: Array, observation: Array) -> Array:
-    """tr(P^T S) / r, (..., 1, 1): the energy that one column captures on average."""
-    captured = jnp.sum(basis * observation, axis=(-2, -1), keepdims=True)
-    return captured / basis.shape[-1]
+# A column that captures less than this share of the mean moves as if it captured so much.
+_FLOOR = 0.01
 
 
 def _scale_free(basis: Array, observation: Array) -> Array:
-    """S in units of the mean captured eigenvalue; zero where nothing is captured."""
-    mean = _mean_eigenvalue(basis, observation)
-    return jnp.where(mean > 0, observation / jnp.where(mean > 0, mean, 1), 0)
+    """S with each column in units of what its own column of P captures, diag(P^T S)."""
+    captured = jnp.sum(basis * observation, axis=-2, keepdims=True)
+    mean = jnp.mean(captured, axis=-1, keepdims=True)
+    unit = jnp.maximum(captured, _FLOOR * mean)
+    return jnp.where(mean > 0, observation / jnp.where(mean > 0, unit, 1), 0)
 
 
 @dataclass(frozen=True)
 class Oja:
     """Follows the principal subspace of the activations, a little every step.
 
-    One step of orthogonal iteration, damped by the old basis:
+    One step of orthogonal iteration, relaxed by the old basis:
 
-        P <- Q of QR(P + h S / lambda),   lambda = tr(P^T S) / r,
+        P <- Q of QR(P + h S D^-1),   D = diag(P^T S),
 
-    with `h = max(rate, first / (1 + step))`. Dividing by the mean captured eigenvalue
-    makes it scale-free: multiplying the activations by a constant changes nothing.
+    with `h = max(rate, first / (1 + step))`. D holds what each column captures, so
+    every column moves at its own scale: multiplying the activations by a constant
+    changes nothing, and strong columns do not swamp weak ones.
 
     Attributes:
       rate: h in the long run. Large values follow the last batch, small ones average.
       first: h at the first step, and at each iteration of the warm start.
       axes: Which coordinates the columns are aligned with inside their span.
         `activations`: the principal axes, in order, as QR leaves them. `gradient`:
-        the eigenvectors of a running mean of C C^T. `none`: a tangent step and a polar
-        retraction, which turns nothing that need not turn.
+        the eigenvectors of a running mean of C C^T. `none`: a polar retraction, which
+        turns nothing that need not turn.
       decay: Of the running mean of C C^T, for `axes="gradient"`.
 
     Source: OASIS (arXiv 2604.09406) names an online Oja update followed by
     re-orthogonalisation; normalisation, schedule and alignment are our reconstruction.
     """
 
-    rate: float = 0.5
+    rate: float = 2.0
     first: float = 8.0
     axes: Literal["activations", "gradient", "none"] = "activations"
     decay: float = 0.95
@@ -175,27 +176,21 @@ class Oja:
         s = _scale_free(p, observation.astype(jnp.float32))
         step = jnp.maximum(step, 0)
         h = jnp.maximum(self.rate, self.first / (1 + step))
-        if self.axes == "activations":
-            new = orthonormalise(p + h * s)
-        else:
-            new = polar(p + h * (s - p @ (p.mT @ s)))
-        return new.astype(basis.dtype)
+        retract = polar if self.axes == "none" else orthonormalise
+        return retract(p + h * s).astype(basis.dtype)
 
     def align(self, basis: Array, gram: Array) -> Array:
-        """Turns the columns towards the eigenvectors of `gram`, largest first.
+        """The rotation that turns the columns to the eigenvectors of `gram`.
 
         Args:
           basis: (..., n_in, r).
           gram: Running mean of C C^T in the coordinates of `basis`, (..., r, r).
 
         Returns:
-          The rotation, (..., r, r); the aligned basis is `basis @ rotation`. Each
-          eigenvector keeps the sign that leaves it nearest to where it was.
+          (..., r, r); the aligned basis is `basis @ rotation`, strongest column first.
         """
         _, vectors = batched_linalg(jnp.linalg.eigh, gram)
-        vectors = vectors[..., ::-1]
-        signs = jnp.sign(jnp.diagonal(vectors, axis1=-2, axis2=-1))
-        return vectors * jnp.where(signs == 0, 1, signs)[..., None, :]
+        return vectors[..., ::-1]
 
 
 @dataclass(frozen=True)

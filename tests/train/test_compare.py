@@ -15,7 +15,9 @@ from train.config import Compare, UserError
 @pytest.fixture
 def small(tmp_path) -> Compare:
     text = tmp_path / "text.txt"
-    text.write_text("a comparison on equal terms is worth more than a fast number " * 200)
+    text.write_text(
+        "a comparison on equal terms is worth more than a fast number " * 200
+    )
     return Compare(
         methods="adamw,oasis:0.5",
         lrs="1e-3,1e-2",
@@ -59,7 +61,12 @@ NAN = float("nan")
 
 def test_keeps_the_best_rate_and_repeats_it_with_every_seed(small, monkeypatch):
     calls: list[list[str]] = []
-    losses = {"adamw@0.001": 2.0, "adamw@0.01": 3.0, "oasis@0.001": NAN, "oasis@0.01": 1.0}
+    losses = {
+        "adamw@0.001": 2.0,
+        "adamw@0.01": 3.0,
+        "oasis@0.001": NAN,
+        "oasis@0.01": 1.0,
+    }
     monkeypatch.setattr(compare.subprocess, "run", fake(losses, calls))
     adamw, oasis = compare.run(small)
     assert (adamw["lr"], adamw["val_loss"]) == (1e-3, 2.25)  # seeds 0 and 1

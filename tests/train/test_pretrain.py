@@ -16,7 +16,9 @@ from train import pretrain
 from train.__main__ import main
 from train.config import Pretrain, UserError
 
-WORDS = "the basis follows the activations a little every step and the moments go along "
+WORDS = (
+    "the basis follows the activations a little every step and the moments go along "
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def flags(config: Pretrain) -> list[str]:
 
 
 def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def checkpointed(out: Path, config: Pretrain):
@@ -203,7 +207,10 @@ BAD = {
     "rank no number": (dict(rank="half"), "--rank is 'half'"),
     "rule without match": (dict(pattern="mpl/"), "rule 'mpl/' matches no kernel"),
     "method": (dict(method="osais"), "method is 'osais', expected one of adamw, oasis"),
-    "preset": (dict(preset="llama-2"), "preset is 'llama-2', expected one of llama-tiny"),
+    "preset": (
+        dict(preset="llama-2"),
+        "preset is 'llama-2', expected one of llama-tiny",
+    ),
     "remat": (dict(remat="all"), "remat is 'all'"),
     "lr": (dict(lr=-1.0), "--lr is -1.0"),
     "lr nan": (dict(lr=float("nan")), "--lr is nan"),

@@ -1,0 +1,123 @@
+"""Writes the measured tables into README.md, so that no number there is typed by hand.
+
+    python benchmarks/readme.py
+
+Between `<!-- name: ... -->` and `<!-- end -->` goes what `SECTIONS[name]` makes of the
+JSON in `benchmarks/results/`; a section without results stays as it is.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train.report import compare_markdown, human_bytes
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _machine(about: dict[str, Any]) -> str:
+    return (
+        f"{about['device']}, {about['cores']} cores, jax {about['jax']},"
+        f" Python {about['python']}"
+    )
+
+
+def first_run() -> str:
+    """What `make train` printed."""
+    printed = (RESULTS / "first_run.txt").read_text().rstrip()
+    return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
+
+
+def quality() -> str:
+    rows = _load("quality.json")
+    config = rows[0]["config"]
+    return (
+        f"Validation loss (nats per byte, token-weighted) of {config['preset']} after"
+        f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
+        f" {Path(config['data'] or 'the standard library').name}, mean over seeds"
+        f" {rows[0]['seeds']} at each method's best learning rate"
+        f" ({_machine(rows[0]['machine'])}; times in this table are of trials that ran"
+        " side by side and mean nothing):\n\n"
+        + compare_markdown(rows)
+        + "\n![Loss of the methods](benchmarks/results/quality.png)"
+    )
+
+
+def step() -> str:
+    result = _load("step_cpu.json")
+    config = result["configuration"]
+    lines = [
+        f"One train step, OASIS against AdamW, alternating in one process:"
+        f" {config['preset']} with {config['layers']} layers and a vocabulary of"
+        f" {config['vocab_size']}, {config['batch']} x {config['seq']} tokens, rank"
+        f" {config['rank']:g} of n_in, {config['dtype']}, recomputation"
+        f" `{config['remat']}` ({_machine(result['machine'])}).",
+        "",
+        "| method | step (ms, median) | saved activations | gradients | optimizer | peak |",
+        "|:---|---:|---:|---:|---:|---:|",
+    ]
+    for name, milliseconds in result["step_ms_median"].items():
+        memory = result["memory"][name]
+        parts = ("saved_activations", "gradients", "optimizer_state", "peak")
+        cells = [human_bytes(memory[part]) for part in parts]
+        lines.append(f"| {name} | {milliseconds:,.0f} | {' | '.join(cells)} |")
+    for pair, ratio in result["ratio_median"].items():
+        lines += ["", f"Median ratio {pair}, pair by pair: **{ratio:.3f}**."]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    rows = _load("memory.json")
+    config = rows["configuration"]
+    ranks = sorted({row["rank"] for row in rows["rows"] if row["rank"]})
+    lines = [
+        "Peak of the whole compiled step (arguments + outputs + temporaries - aliased,"
+        f" as the compiler reports it) for {config['preset']}, {config['batch']} x"
+        f" {config['seq']} tokens, {config['dtype']} computation, float32 weights"
+        f" ({_machine(rows['machine'])}). Recomputation is there for AdamW as well, so"
+        " compare within a column, and with AdamW's best:",
+        "",
+        f"| method | {' | '.join(config['remats'])} |",
+        "|:---|" + "---:|" * len(config["remats"]),
+    ]
+    for label, rank in [("AdamW", None), *((f"OASIS, r = {r:g} n", r) for r in ranks)]:
+        peaks = {r["remat"]: r["peak"] for r in rows["rows"] if r["rank"] == rank}
+        cells = [human_bytes(peaks[remat]) for remat in config["remats"]]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "first run": first_run,
+    "quality": quality,
+    "step": step,
+    "memory": memory,
+}
+
+
+def fill(text: str) -> str:
+    """The text with every section that has results written anew."""
+    for name, make in SECTIONS.items():
+        try:
+            content = make()
+        except FileNotFoundError:
+            continue
+        pattern = rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- end -->)"
+        text = re.sub(
+            pattern,
+            lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
