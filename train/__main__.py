@@ -8,7 +8,7 @@ import tyro
 from oasis_jax.checkpoints import CheckpointError
 from train import compare, pretrain
 from train.config import Compare, Pretrain, UserError
-from train.data import DataError
+from train.text import DataError
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]

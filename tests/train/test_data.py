@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 
 from train import data as data_lib
+from train import text as text_lib
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "away"]
 
@@ -132,14 +133,14 @@ def test_standard_library_by_default(tmp_path, load, monkeypatch):
         path.write_text(name * 20)
     (tmp_path / "lib" / "latin.py").write_bytes(b"caf\xe9" * 20)
     paths = {"stdlib": str(tmp_path / "lib")}
-    monkeypatch.setattr(data_lib.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(text_lib.sysconfig, "get_paths", lambda: paths)
     data = load(None)
     assert "standard library: 1 document," in data.description
     assert texts(data, "train")[0].startswith("os.py")
 
 
 def test_the_real_standard_library_is_found():
-    files = data_lib._standard_library()
+    files = text_lib.standard_library()
     assert len(files) > 100
     assert not [path for path in files if "site-packages" in path.parts]
 
@@ -172,7 +173,7 @@ def test_a_last_block_may_be_empty(tmp_path, load):
 
 
 def test_long_documents_are_encoded_in_pieces(tmp_path, load, monkeypatch):
-    monkeypatch.setattr(data_lib, "_PIECE", 7)
+    monkeypatch.setattr(text_lib, "_PIECE", 7)
     text = "".join(map(document, range(3))) + "no newline at the end"
     (tmp_path / "a.txt").write_text(text, "utf-8")
     data = load(tmp_path / "a.txt")
@@ -275,7 +276,7 @@ def test_interrupted_preparation_is_redone(folder, load, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_lib._Coder, "document", killed)
+        patch.setattr(text_lib.Coder, "document", killed)
         with pytest.raises(KeyboardInterrupt):
             load(folder)
     assert not list((tmp_path / "cache").iterdir())
@@ -518,5 +519,5 @@ def test_tfds_without_random_access(load, tfds_dir, tmp_path):
         if path.name == "dataset_info.json":
             path.write_text(path.read_text().replace("array_record", "tfrecord"))
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
-    with pytest.raises(data_lib.DataError, match="stored as tfrecord.*array_record"):
+    with pytest.raises(data_lib.DataError, match=r"stored as tfrecord.*array_record"):
         load("tfds:tiny_text/en", data_dir=str(where))

@@ -1,0 +1,157 @@
+"""Where text comes from, and how it becomes tokens."""
+
+import dataclasses
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+_PIECE = 1 << 20  # characters given to the tokenizer at once
+_ENDINGS = {".txt", ".md", ".rst", ".tex", ".html", ".jsonl", ".py", ".c", ".h", ".cc"}
+_ENDINGS |= {".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".jl", ".sh", ".toml"}
+_SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
+_ACCEPTED = (
+    "a .txt, .jsonl or other text file, a directory of such files, tfds:NAME, or"
+    " nothing at all for the Python standard library"
+)
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message is one sentence meant for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Coder:
+    """Text to tokens, and the token that ends a document."""
+
+    encode: Callable[[str], Sequence[int] | np.ndarray]
+    vocab_size: int
+    separator: int
+    identity: str  # goes into the fingerprint
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+
+    def document(
+        self, text: str, advance: Callable[[int], object] = lambda characters: None
+    ) -> Iterator[np.ndarray]:
+        """Yields the tokens of one document in pieces, then its separator."""
+        # A tokenizer keeps some 100 bytes per token while it works, so a book of a
+        # gigabyte goes through it in pieces. They are cut at line ends, where
+        # tokenizers split words anyway.
+        start = 0
+        while start < len(text):
+            stop = text.find("\n", start + _PIECE) + 1 or len(text)
+            yield np.asarray(self.encode(text[start:stop]), self.dtype)
+            advance(stop - start)
+            start = stop
+        yield np.array([self.separator], self.dtype)
+
+
+def coder_of(path: str | None) -> Coder:
+    """Bytes for None, else the tokenizer of a `tokenizer.json`.
+
+    Raises:
+      DataError: if the file cannot be read as one.
+    """
+    if path is None:
+        return Coder(lambda text: np.frombuffer(text.encode(), np.uint8), 256, 0, "")
+    try:
+        content = Path(path).expanduser().read_text("utf-8")
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+    # The tokenizers library raises bare Exception for a malformed file.
+    except Exception as error:
+        raise DataError(
+            f"tokenizer {path!r} cannot be read as a tokenizer.json: {error}"
+        ) from error
+    # A tokenizer.json may carry the limits of the model it was trained for.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    size = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
+    found = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
+    separator = found[0] if found else size
+    return Coder(
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        max(size, separator + 1),
+        separator,
+        content,
+    )
+
+
+def standard_library() -> list[Path]:
+    """The source files of this Python's standard library, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests"}
+    files = sorted(root.rglob("*.py"))
+    return [file for file in files if skipped.isdisjoint(file.relative_to(root).parts)]
+
+
+def text_files(data: str) -> list[Path]:
+    """The file, or the text files below the directory, in order.
+
+    Raises:
+      DataError: if there is none.
+    """
+    path = Path(data).expanduser()
+    files = [
+        file
+        for file in (path.rglob("*") if path.is_dir() else [path])
+        if file.is_file()
+        and file.suffix.lower() in _ENDINGS
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not data or not path.exists():
+        raise DataError(f"data {data!r} does not exist; accepted are {_ACCEPTED}")
+    if not files:
+        raise DataError(
+            f"data {data!r} is no text file, or a directory without any;"
+            f" accepted are {_ACCEPTED}"
+        )
+    return sorted(files)
+
+
+def read_documents(files: Iterable[Path], skip_undecodable: bool) -> Iterator[str]:
+    """Yields the documents that are not blank."""
+    for path in files:
+        try:
+            is_json = path.suffix.lower() == ".jsonl"
+            texts = _json_lines(path) if is_json else [_decode(path, path.read_bytes())]
+        except DataError:
+            if not skip_undecodable:
+                raise
+            continue
+        yield from (text for text in texts if text and not text.isspace())
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = _decode(path, raw, offset)
+            offset += len(raw)
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # JSON can spell half a surrogate pair; UTF-8 cannot
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{path}:{number}: expected one JSON object per line with a string"
+                    f' field "text", found {line.strip()[:60]!r}'
+                ) from error
+            yield text
+
+
+def _decode(path: Path, raw: bytes, offset: int = 0) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is"
+            " not UTF-8; convert the file (for instance with iconv) or leave it out"
+        ) from error
