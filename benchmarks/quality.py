@@ -35,9 +35,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    methods = ["adamw", "oasis:0.25", "oasis:0.5", "oasis:1.0"]
+    methods = ["adamw", "oasis:0.25", "oasis:0.5"]
     methods += [f"oasis-{name}:0.25" for name in ABLATIONS]
-    methods += ["oasis-gradient:0.5", "oasis-unaligned:0.5"]
     comparison = Compare(
         methods=",".join(methods),
         lrs=config.lrs,
