@@ -36,7 +36,8 @@ def carry(
       nu: Second moment, same shape, non-negative.
       motion: R = P_new^T P_old, (..., r, r) float32.
       count: Number t of Adam updates already contained in `mu` and `nu` (not the step
-        about to be taken). At 0 the moments are returned as they are.
+        about to be taken). At 0, and where R is exactly I, the moments are returned
+        as they are.
       b1, b2: Adam's decay rates.
       clip: "variance" as above, so that no entry of the second moment falls below the
         squared mean; "abs" takes the absolute value of the whole bracket instead, as
@@ -67,7 +68,8 @@ def carry(
     if clip == "variance":
         variance = jnp.maximum(variance, 0)
     bracket = jnp.square(motion) @ variance + jnp.square(moved / mean_mass)
-    return jnp.where(t > 0, moved, mu), jnp.where(t > 0, mass * jnp.abs(bracket), nu)
+    moves = (t > 0) & ~stood_still(motion)[..., None, None]
+    return jnp.where(moves, moved, mu), jnp.where(moves, mass * jnp.abs(bracket), nu)
 
 
 def keep(mu, nu, motion, count, b1, b2) -> tuple[Array, Array]:
