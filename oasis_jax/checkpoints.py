@@ -37,13 +37,12 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Example:
-      >>> with Checkpoints(Path("runs/small"), keep=3, every=1000) as checkpoints:
-      ...     done = 0
-      ...     if checkpoints.steps():
-      ...         done, state = checkpoints.restore(state, data=batches)
-      ...     for step in range(done + 1, last + 1):
-      ...         state = update(state, next(batches))
-      ...         checkpoints.save(step, state, config=config, data=batches)
+      >>> state = {"w": jnp.ones(3)}
+      >>> with Checkpoints(Path(tempfile.mkdtemp()), keep=3, every=10) as checkpoints:
+      ...     for step in range(1, 21):
+      ...         written = checkpoints.save(step, state, config={"lr": 0.1})
+      ...     checkpoints.steps(), checkpoints.restore(state)[0]
+      ([10, 20], 20)
 
     Args:
       directory: Created if absent.

@@ -46,8 +46,10 @@ class MetricsLog:
     """Appends records to a JSON-lines file and, if asked, to TensorBoard.
 
     Example:
-      >>> with MetricsLog(run / "metrics.jsonl", resumed_step=200) as log:
+      >>> with MetricsLog(Path(tempfile.mkdtemp()) / "metrics.jsonl") as log:
       ...     log({"step": 201, "loss": 3.5, "captured_energy": {"mlp/down": [0.9]}})
+      ...     log.read()[0]["loss"]
+      3.5
 
     Args:
       path: The file; its folder is created if absent.
@@ -468,7 +470,8 @@ def human_bytes(count: float) -> str:
 def memory_table(parts: Mapping[str, int], total: int, title: str) -> Table:
     """A table of sizes in bytes, with the total, given, in the last row.
 
-    >>> rich.print(memory_table({"weights": 4 * 2**20}, 2**23, "What a step needs"))
+    >>> memory_table({"weights": 4 * 2**20}, 2**23, "What a step needs").row_count
+    2
     """
     table = Table(title=title, title_style="bold", box=SIMPLE, show_header=False)
     table.add_column()

@@ -252,11 +252,13 @@ def test_human_bytes(count, text):
 def test_memory_table_ends_with_the_total():
     console = Console(width=60)
     with console.capture() as capture:
-        console.print(memory_table({"weights": 2**20, "adam": 3 * 2**20}, "Measured"))
+        console.print(
+            memory_table({"weights": 2**20, "adam": 3 * 2**20}, 5 * 2**20, "Now")
+        )
     lines = [line.split() for line in capture.get().splitlines() if line.strip()]
     assert lines == [
-        ["Measured"],
+        ["Now"],
         ["weights", "1.00", "MiB"],
         ["adam", "3.00", "MiB"],
-        ["total", "4.00", "MiB"],
+        ["total", "5.00", "MiB"],
     ]
