@@ -19,7 +19,7 @@ train: setup  ## OASIS on the Python standard library's source, a few minutes on
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy oasis_jax
+	$(BIN)/mypy oasis_jax train
 
 test: setup check
 	$(BIN)/python -m pytest

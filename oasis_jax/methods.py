@@ -4,7 +4,6 @@ What is saved, what the basis follows, what happens to the moments. A new method
 row, and at most one new part.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +79,3 @@ def method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method is {name!r}, expected one of {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def known(names: Sequence[str]) -> list[Method]:
-    """The rows of those names; raises like `method`."""
-    return [method(name) for name in names]

@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(config, Compare):
             return compare.main(config)
         return pretrain.main(config)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (UserError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -139,13 +139,14 @@ def _run_all(
     def one(trial: Trial) -> dict[str, Any]:
         share = shares.get()
         try:
-            summary = _run_one(config, trial, share)
+            if share:
+                os.sched_setaffinity(0, share)  # this thread's, and its trial's
+            summary = _run_one(config, trial)
         finally:
             shares.put(share)
-        console.print(
-            f"{trial.label}  lr {trial.lr:g}  seed {trial.seed}  val loss"
-            f" {summary['val_loss']:.4f}  {summary['step_ms_median']:.0f} ms/step",
-        )
+        loss = summary["val_loss"]
+        outcome = "diverged" if loss is None else f"validation loss {loss:.4f}"
+        console.print(f"{trial.label}  lr {trial.lr:g}  seed {trial.seed}  {outcome}")
         return summary
 
     with ThreadPoolExecutor(config.jobs) as pool:
@@ -159,7 +160,7 @@ def _core_shares(jobs: int) -> list[set[int] | None]:
     return [set(cores[i::jobs]) or set(cores) for i in range(jobs)]
 
 
-def _run_one(config: Compare, trial: Trial, share: set[int] | None) -> dict[str, Any]:
+def _run_one(config: Compare, trial: Trial) -> dict[str, Any]:
     out = config.out / "trials" / trial.name
     summary = out / "summary.json"
     if not summary.exists():
@@ -167,7 +168,6 @@ def _run_one(config: Compare, trial: Trial, share: set[int] | None) -> dict[str,
             _command(config, trial, out),
             capture_output=True,
             text=True,
-            preexec_fn=(lambda: os.sched_setaffinity(0, share)) if share else None,
         )
         if result.returncode and not _diverged(result.stderr):
             raise UserError(f"trial {trial.name}: {_last_line(result.stderr)}")
@@ -199,11 +199,9 @@ def _diverged(stderr: str) -> bool:
 def _diverged_summary(config: Compare, trial: Trial) -> dict[str, Any]:
     keys = "val_tokens tokens_per_s saved_activation_bytes gradient_bytes"
     keys += " optimizer_state_bytes peak_bytes rank"
-    nan = float("nan")
     return {
-        **dict.fromkeys(keys.split()),
-        **dict(method=trial.label, lr=trial.lr, seed=trial.seed, val_loss=nan),
-        **dict(step_ms_median=nan, curve=[]),
+        **dict.fromkeys(f"{keys} val_loss step_ms_median".split()),
+        **dict(method=trial.label, lr=trial.lr, seed=trial.seed, curve=[]),
     }
 
 
@@ -221,12 +219,12 @@ def _row(
 ) -> dict[str, Any]:
     """The method at its best learning rate, averaged over seeds."""
     chosen = [summary for trial, summary in results.items() if trial.lr == best]
-    first = chosen[0]
+    first, losses = chosen[0], [summary["val_loss"] for summary in chosen]
     copied = "val_tokens tokens_per_s step_ms_median saved_activation_bytes"
     copied += " gradient_bytes optimizer_state_bytes peak_bytes rank curve"
     return {
         "method": label,
-        "val_loss": statistics.fmean(s["val_loss"] for s in chosen),
+        "val_loss": None if None in losses else statistics.fmean(losses),
         "lr": best,
         **{key: first[key] for key in copied.split()},
         "seeds": [s["seed"] for s in chosen],

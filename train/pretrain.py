@@ -94,7 +94,7 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    def loss_fn(variables: Any, batch: Batch) -> jax.Array:
+    def loss_fn(variables: Any, batch: Any) -> jax.Array:
         logits: Any = model.apply(
             variables, batch["tokens"][:, :-1], batch["segments"][:, :-1]
         )
@@ -167,19 +167,19 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
                 if done % config.log_every == 0 or done == config.steps:
                     log(_record(done, loss, rate, state, config))
                 show(done, loss, rate, seen)
-                if int(seen.skipped_in_a_row):
-                    _report_skip(console, config, done, state)
-                if done % config.eval_every == 0 and done < config.steps:
-                    log({"step": done, **evaluate(state)})
-                checkpoints.save(done, state, config=about, data=batches)
+                reason = _skipped(console, config, done, state)
                 if stopped():
-                    checkpoints.save(
-                        done, state, config=about, data=batches, force=True
-                    )
-                    raise UserError(
+                    reason = (
                         f"stopped after step {done}, which is saved; continue with"
                         f" --resume --out {config.out}"
                     )
+                if done % config.eval_every == 0 and done < config.steps:
+                    log({"step": done, **evaluate(state)})
+                checkpoints.save(
+                    done, state, config=about, data=batches, force=reason is not None
+                )
+                if reason:
+                    raise UserError(reason)
             result = evaluate(state)
             if done not in {r["step"] for r in log.read() if "val_loss" in r}:
                 log({"step": done, **result})
@@ -247,7 +247,7 @@ def _evaluate(
 
 
 @partial(jax.jit, static_argnums=0)
-def _held_out(model: llama.Llama, params: Any, batch: Batch):
+def _held_out(model: llama.Llama, params: Any, batch: Any):
     logits: Any = model.apply(
         {"params": params}, batch["tokens"][:, :-1], batch["segments"][:, :-1]
     )
@@ -277,21 +277,25 @@ def _short(values: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _report_skip(
+def _skipped(
     console: Console, config: Pretrain, done: int, state: OasisTrainState
-) -> None:
+) -> str | None:
+    """Tells of a skipped update; gives the reason to stop if there were too many."""
     seen = state.diagnostics
     in_a_row = int(seen.skipped_in_a_row)
+    if not in_a_row:
+        return None
     console.print(
         f"step {done}: gradients or activations not finite, update skipped"
-        f" ({in_a_row} in a row, {int(seen.skipped)} in all)",
+        f" ({in_a_row} in a row, {int(seen.skipped)} in all)"
     )
-    if in_a_row >= config.max_skips:
-        raise UserError(
-            f"stopped at step {done}: {in_a_row} updates in a row were not finite"
-            f" (--max-skips {config.max_skips}); weights, moments and bases are those"
-            " of the last finite step; try a lower --lr"
-        )
+    if in_a_row < config.max_skips:
+        return None
+    return (
+        f"stopped at step {done}: {in_a_row} updates in a row were not finite"
+        f" (--max-skips {config.max_skips}); weights, moments and bases, as the last"
+        f" finite step left them, are saved in {config.out}; try a lower --lr"
+    )
 
 
 def _describe(
@@ -320,7 +324,8 @@ def _finish(
 ) -> dict[str, Any]:
     records = report.read_metrics(config.out / "metrics.jsonl")
     # The first step of a process pays for what is set up lazily.
-    median = statistics.median(step_seconds[1:] or step_seconds or [float("nan")])
+    timed = step_seconds[1:] or step_seconds
+    median = statistics.median(timed) if timed else None
     energies = [float(np.mean(e)) for e in state.diagnostics.captured_energy.values()]
     summary = {
         "method": config.method,
@@ -329,8 +334,8 @@ def _finish(
         "lr": config.lr,
         "rank": parse_rank(config.rank) if method(config.method).projected else None,
         "seed": config.seed,
-        "tokens_per_s": config.batch * config.seq / median,
-        "step_ms_median": 1e3 * median,
+        "tokens_per_s": config.batch * config.seq / median if median else None,
+        "step_ms_median": 1e3 * median if median else None,
         "saved_activation_bytes": parts["saved_activations"],
         "gradient_bytes": parts["gradients"],
         "optimizer_state_bytes": parts["optimizer_state"],
