@@ -214,12 +214,10 @@ class OasisTrainState:
             basis=sub.bases(self.subspace),
             motion=sub.by_kernel(self.subspace, motions),
         )
-        finite = _all_finite(grads)
+        finite = _all_finite((grads, subspace))
         new = (optax.apply_updates(self.params, updates), subspace, opt_state)
         old = (self.params, self.subspace, self.opt_state)
-        params, subspace, opt_state = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b), new, old
-        )
+        params, subspace, opt_state = _choose(finite, new, old)
         before = self.diagnostics
         skip = jnp.where(finite, 0, 1)
         return replace(
@@ -259,7 +257,8 @@ class OasisTrainState:
                 )
             )(seen)
             key = jax.random.key(self.seed)
-            return sub.advance(subspace, observations, WARM_START, key)[0]
+            new, _ = sub.advance(subspace, observations, WARM_START, key)
+            return _choose(_all_finite((observations, new)), new, subspace)
 
         return replace(
             self, subspace=jax.lax.fori_loop(0, iterations, iterate, self.subspace)
@@ -343,6 +342,10 @@ def _accumulate(once: Callable, args: tuple, count: int, has_aux: bool):
 
 def _value(result: Any) -> Array:
     return result[0] if isinstance(result, tuple) else result
+
+
+def _choose(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _all_finite(tree: Any) -> Array:

@@ -206,6 +206,13 @@ def test_warm_start_finds_the_principal_subspace():
     chex.assert_trees_all_equal(warm.opt_state, state.opt_state)
 
 
+def test_warm_start_ignores_what_is_not_finite():
+    state = create()
+    poisoned = X.at[0, 0, 0].set(jnp.nan)
+    warm = state.warm_start(loss_fn, poisoned, Y)
+    chex.assert_trees_all_equal(warm.subspace, state.subspace)
+
+
 def test_evaluation_needs_no_flag():
     """With bases but without slots, as in `state.subspace`, layers are plain."""
     state = create()
