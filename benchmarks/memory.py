@@ -28,7 +28,7 @@ class Config:
     preset: str = "llama-60m"
     batch: int = 8
     seq: int = 512
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     ranks: tuple[float, ...] = (0.125, 0.25, 0.5)
     remats: tuple[str, ...] = llama.REMAT
     out: Path = Path("benchmarks/results/memory.json")
