@@ -16,7 +16,7 @@ import tyro
 from train import compare, report
 from train.config import Compare, UserError
 
-ABLATIONS = ("frozen", "random", "unaligned", "gradient", "keep", "reset")
+ABLATIONS = ("gradient", "unaligned", "random", "keep", "reset", "frozen")
 
 
 @dataclasses.dataclass
@@ -29,6 +29,7 @@ class Config:
     results: Path = Path("benchmarks/results")
     lrs: str = "1e-3,3e-3,6e-3,1e-2"
     seeds: str = "0,1"
+    ablation_lrs: str = "1e-3,3e-3,6e-3,1e-2"
     ablation_seeds: str = "0,1"
     jobs: int = 2
     """More than one makes times incomparable, so this table is about loss only."""
@@ -48,6 +49,7 @@ def main(config: Config) -> None:
     ablations = dataclasses.replace(
         comparison,
         methods=",".join(f"oasis-{name}:0.25" for name in ABLATIONS),
+        lrs=config.ablation_lrs,
         seeds=config.ablation_seeds,
     )
     rows = compare.run(comparison) + compare.run(ablations)

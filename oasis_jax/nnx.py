@@ -155,13 +155,8 @@ class OasisOptimizer(nnx.Optimizer):
         """One optimizer step, then one move of the bases, both in place.
 
         Raises:
-          TypeError: if `grads` does not come from this class's `value_and_grad`.
+          TypeError: as `OasisTrainState.apply_gradients` does.
         """
-        if not isinstance(grads, Gradients):
-            raise TypeError(
-                f"OasisOptimizer.update takes the gradients of its own value_and_grad,"
-                f" not {type(grads).__name__}"
-            )
         state = self._whole(model).apply_gradients(grads)
         _put(model, self.wrt, state.params)
         _put(model, Subspace, state.subspace)

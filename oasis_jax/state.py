@@ -202,7 +202,15 @@ class OasisTrainState:
         Where anything in `grads` is not finite, parameters, moments and bases stay as
         they are, bit for bit, and the skip is counted in `diagnostics`; `step` counts
         the batch all the same.
+
+        Raises:
+          TypeError: if `grads` does not come from `value_and_grad`.
         """
+        if not isinstance(grads, Gradients):
+            raise TypeError(
+                "projected kernels need the Gradients of this package's own"
+                f" value_and_grad, not {type(grads).__name__}"
+            )
         key = jax.random.fold_in(jax.random.key(self.seed), self.step)
         subspace, motions = sub.advance(
             self.subspace, grads.observations, self.step, key

@@ -147,7 +147,7 @@ def test_gradients_of_another_kind_are_refused():
     x, y = data()
     model = Net(OasisLinear, nnx.Rngs(0))
     optimizer = OasisOptimizer(model, oasis_adam(1e-2))
-    with pytest.raises(TypeError, match="of its own value_and_grad, not State"):
+    with pytest.raises(TypeError, match="own value_and_grad, not State"):
         optimizer.update(model, nnx.grad(loss_fn)(model, x, y))
 
 

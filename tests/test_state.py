@@ -260,6 +260,13 @@ def test_a_model_without_declarations():
         )
 
 
+def test_gradients_of_jax_grad_are_refused():
+    state = create()
+    grads = jax.grad(lambda p: loss_fn({"params": p}, X, Y))(state.params)
+    with pytest.raises(TypeError, match="own value_and_grad, not dict"):
+        state.apply_gradients(grads)
+
+
 def test_microbatches_must_divide():
     with pytest.raises(
         ValueError, match="has a batch of 8, which does not divide into 3"
