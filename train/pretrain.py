@@ -130,7 +130,8 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
         checkpoint_directory, every=config.checkpoint_every
     ) as checkpoints:
         done, state = 0, setup.state
-        if config.resume:
+        # A run that was killed before its first checkpoint starts again.
+        if config.resume and checkpoints.steps():
             done, state = _resume(config, checkpoints, state, batches, data)
             console.print(f"resumed    {config.out} after step {done}")
         elif state.subspace:

@@ -142,6 +142,20 @@ def test_resume_is_bit_equal(small, changes, monkeypatch):
     ]
 
 
+def test_resume_before_the_first_checkpoint_starts_again(small, monkeypatch):
+    config = dataclasses.replace(small, checkpoint_every=100)
+
+    def killed(*_):
+        raise RuntimeError("the machine went away")
+
+    monkeypatch.setattr(pretrain, "_record", killed)
+    with pytest.raises(RuntimeError, match="went away"):
+        pretrain.run(config)
+    monkeypatch.undo()
+    summary = pretrain.run(dataclasses.replace(config, resume=True))
+    assert summary["curve"][-1][0] == 8 and len(lines(config.out)) == 8 + 2
+
+
 def test_sigterm_saves_and_says_how_to_go_on(small, tmp_path):
     config = dataclasses.replace(small, steps=100_000, checkpoint_every=100_000)
     process = subprocess.Popen(
