@@ -41,8 +41,9 @@ def quality() -> str:
     return (
         f"Validation loss (nats per byte, token-weighted) of {config['preset']} after"
         f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
-        f" {Path(config['data'] or 'the standard library').name}, mean over seeds"
-        f" {rows[0]['seeds']} at each method's best learning rate"
+        f" {Path(config['data'] or 'the standard library').name} at each method's best"
+        f" learning rate; mean over seeds {rows[0]['seeds']}, of ablations over seeds"
+        f" {rows[-1]['seeds']}"
         f" ({_machine(rows[0]['machine'])}; times in this table are of trials that ran"
         " side by side and mean nothing):\n\n"
         + compare_markdown(rows)
