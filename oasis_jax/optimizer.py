@@ -28,6 +28,114 @@ class ScaleByOasisAdamState(NamedTuple):
     age: Any  # updates since the last reset, int32 () a leaf; () unless resetting
 
 
+def adam_in_coordinates(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    transport: str | Transport = "carry",
+    mu_dtype: Any = None,
+    eps_before: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam on coordinates as they come, its moments carried when their basis moves.
+
+    `optax.scale_by_adam` whose `update` takes two keyword arguments more, both keyed by
+    the leaf's path: `moved`, the R by which the basis has moved since the last update
+    (LDAdam's order: the moments follow before this gradient is added), and `motion`, the
+    R by which it moves after this one (OASIS's order). Nothing is lifted.
+
+    Args:
+      b1, b2, eps, transport, mu_dtype: See `scale_by_oasis_adam`.
+      eps_before: Add eps to the root of the second moment before the bias correction,
+        as GaLore and Online Subspace Descent do, instead of after it.
+    """
+    move = _resolve(transport)
+    resets = move is reset
+
+    def init(params):
+        return ScaleByOasisAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.float32), params
+            ),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params),
+            age=jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params)
+            if resets
+            else (),
+        )
+
+    def update(updates, state, params=None, *, motion=None, moved=None, **extra_args):
+        del params, extra_args
+        motion, moved = motion or {}, moved or {}
+
+        def carried(mu, nu, age, r):
+            if r is None:
+                return mu, nu, age
+            mu, nu = move(mu, nu, r, age, b1, b2)
+            # A stack of layers has one age, so it moves, or stands still, as one.
+            return mu, nu, jnp.where(jnp.all(stood_still(r)), age, 0) if resets else age
+
+        def leaf(path, grad, mu, nu, age):
+            name = path_string(path)
+            grad, mu = grad.astype(jnp.float32), mu.astype(jnp.float32)
+            mu, nu, age = carried(mu, nu, age, moved.get(name))
+            age = optax.safe_increment(age)
+            mu = b1 * mu + (1 - b1) * grad
+            nu = b2 * nu + (1 - b2) * jnp.square(grad)
+            mass, root_mass = 1 - b1**age, jnp.sqrt(1 - b2**age)
+            if eps_before:
+                direction = (root_mass / mass) * mu / (jnp.sqrt(nu) + eps)
+            else:
+                direction = (mu / mass) / (jnp.sqrt(nu / (1 - b2**age)) + eps)
+            return direction, *carried(mu, nu, age, motion.get(name))
+
+        treedef: Any
+        paths_grads, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        size = len(paths_grads)
+        leaves = [
+            leaf(path, grad, mu, nu, age)
+            for (path, grad), mu, nu, age in zip(
+                paths_grads,
+                treedef.flatten_up_to(state.mu),
+                treedef.flatten_up_to(state.nu),
+                treedef.flatten_up_to(state.age) if resets else [state.count] * size,
+                strict=True,
+            )
+        ]
+        new, mu, nu, ages = (
+            treedef.unflatten(column)
+            for column in (zip(*leaves, strict=True) if leaves else [()] * 4)
+        )
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.cast(mu, mu_dtype)
+        return new, ScaleByOasisAdamState(count, mu, nu, ages if resets else ())
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def lift_updates(scale: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Lifts coordinates to weights where `update` is given a basis, times `scale`.
+
+    `update` takes `basis`, keyed by path; other leaves pass as they are.
+    """
+
+    def update(updates, state, params=None, *, basis=None, **extra_args):
+        del extra_args
+        basis = basis or {}
+
+        def leaf(path, update, param=None):
+            name = path_string(path)
+            p, dtype = basis.get(name), _dtype(param, update)
+            if p is None:
+                return update.astype(dtype)
+            return lift(p, scale * update, dtype)
+
+        rest = () if params is None else (params,)
+        return jax.tree_util.tree_map_with_path(leaf, updates, *rest), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
 def scale_by_oasis_adam(
     b1: float = 0.9,
     b2: float = 0.999,
@@ -77,66 +185,17 @@ def scale_by_oasis_adam(
 
     Source: OASIS (arXiv 2604.09406); the transport is LDAdam's (arXiv 2410.16103).
     """
-    move = _resolve(transport)
-    resets = move is reset
-
-    def init(params):
-        return ScaleByOasisAdamState(
-            count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.float32), params
-            ),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params),
-            age=jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params)
-            if resets
-            else (),
-        )
+    adam = adam_in_coordinates(b1, b2, eps, transport=transport, mu_dtype=mu_dtype)
+    lifted = lift_updates(scale)
 
     def update(updates, state, params=None, *, basis=None, motion=None, **extra_args):
         del extra_args
-        basis, motion = basis or {}, motion or {}
-        count = optax.safe_increment(state.count)
-        ages = jax.tree.map(optax.safe_increment, state.age) if resets else None
+        _check_leaves(updates, state.mu, params, basis or {})
+        updates, state = adam.update(updates, state, motion=motion)
+        updates, _ = lifted.update(updates, optax.EmptyState(), params, basis=basis)
+        return updates, state
 
-        def leaf(path, grad, mu, nu, age, param):
-            name = path_string(path)
-            p = basis.get(name)
-            _check_leaf(name, grad, mu, param, p)
-            grad = grad.astype(jnp.float32)
-            mu = b1 * mu.astype(jnp.float32) + (1 - b1) * grad
-            nu = b2 * nu + (1 - b2) * jnp.square(grad)
-            direction = (mu / (1 - b1**age)) / (jnp.sqrt(nu / (1 - b2**age)) + eps)
-            if p is None:
-                return direction.astype(_dtype(param, grad)), mu, nu, age
-            r = motion.get(name)
-            if r is not None:
-                mu, nu = move(mu, nu, r, age, b1, b2)
-                if resets:
-                    age = jnp.where(jnp.all(stood_still(r)), age, 0)
-            return lift(p, scale * direction, _dtype(param, grad)), mu, nu, age
-
-        treedef: Any
-        paths_grads, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        size = len(paths_grads)
-        leaves = [
-            leaf(path, grad, mu, nu, age, param)
-            for (path, grad), mu, nu, age, param in zip(
-                paths_grads,
-                treedef.flatten_up_to(state.mu),
-                treedef.flatten_up_to(state.nu),
-                treedef.flatten_up_to(ages) if resets else [count] * size,
-                [None] * size if params is None else treedef.flatten_up_to(params),
-                strict=True,
-            )
-        ]
-        new, mu, nu, ages = (
-            treedef.unflatten(column)
-            for column in (zip(*leaves, strict=True) if leaves else [()] * 4)
-        )
-        mu = optax.tree.cast(mu, mu_dtype)
-        return new, ScaleByOasisAdamState(count, mu, nu, ages if resets else ())
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def oasis_adam(
@@ -194,6 +253,16 @@ def _resolve(transport: str | Transport) -> Transport:
 
 def _dtype(param: Array | None, grad: Array):
     return grad.dtype if param is None else param.dtype
+
+
+def _check_leaves(updates, mu, params, basis) -> None:
+    treedef: Any
+    paths_grads, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    moments = treedef.flatten_up_to(mu)
+    weights = [None] * len(moments) if params is None else treedef.flatten_up_to(params)
+    for (path, grad), mean, param in zip(paths_grads, moments, weights, strict=True):
+        name = path_string(path)
+        _check_leaf(name, grad, mean, param, basis.get(name))
 
 
 def _check_leaf(name: str, grad, mu, param, basis) -> None:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from oasis_jax import oasis_adam, scale_by_oasis_adam
-from oasis_jax.trackers import motion, orthonormalise
+from oasis_jax.bases import motion, orthonormalise
 
 W, B = (8, 5), (5,)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oasis_jax.trackers import orthonormalise
+from oasis_jax.bases import orthonormalise
 from oasis_jax.transport import carry, keep, reset
 
 B1, B2 = 0.9, 0.99
