@@ -10,11 +10,13 @@ microbatches and data-parallel replicas add them up by themselves.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from oasis_jax.bases import Basis, Held
 
 
 class _Options(NamedTuple):
@@ -28,7 +30,7 @@ def projected_dense(
     x: Array,
     kernels: Sequence[Array],
     slots: Sequence[Array],
-    basis: Array,
+    basis: Basis,
     energy: Array | None = None,
     *,
     stride: int = 1,
@@ -51,7 +53,8 @@ def projected_dense(
         of the computation.
       kernels: Weights, each (n_in, n_out_i), any float dtype; cast to that of `x`.
       slots: Zeros, each (r, n_out_i) float32.
-      basis: Orthonormal columns, (n_in, r), float32 or bfloat16.
+      basis: P, (n_in, r), float32 or bfloat16; or one that is not held as an array
+        (`oasis_jax.bases`), whose cotangent is then what its `observe` says.
       energy: A float32 zero whose cotangent is `|x|^2 / N`; optional.
       stride: Look at every stride-th position of the last token axis for `S` and
         `energy` (and count only those in N); 1 looks at all.
@@ -81,7 +84,7 @@ def projected_dense(
     )
 
 
-def _check(x: Array, kernels, slots, basis: Array, stride: int) -> None:
+def _check(x: Array, kernels, slots, basis: Basis, stride: int) -> None:
     if basis.ndim != 2 or x.shape[-1:] != basis.shape[:1]:
         raise ValueError(
             f"projected_dense: basis has shape {basis.shape}, expected"
@@ -134,6 +137,38 @@ def _over_tokens(a: Array, b: Array, precision) -> Array:
     )
 
 
+def project(x: Array, basis: Basis, precision: lax.PrecisionLike = None) -> Array:
+    """Z = x P, (..., r) in the dtype of x."""
+    if isinstance(basis, Held):
+        return basis.project(x, precision)
+    return dense(x, basis, precision)
+
+
+def observe(
+    x: Array,
+    coefficients: Array,
+    basis: Basis,
+    stride: int = 1,
+    precision: lax.PrecisionLike = None,
+) -> tuple[Any, Array]:
+    """What is told of x, (..., n_in), as cotangents of a basis and of its energy.
+
+    Returns:
+      The energy gradient S = x^T Z / N (or what a basis that is no array observes), and
+      |x|^2 / N, over every stride-th position of the last token axis.
+    """
+    if x.ndim > 1:
+        x, coefficients = (a[..., ::stride, :] for a in (x, coefficients))
+    tokens = max(1, x.size // x.shape[-1])
+    # A product, not a sum of squares: under a checkpoint policy that saves products the
+    # latter would keep x in order to be recomputed.
+    energy = jnp.vdot(x, x, preferred_element_type=jnp.float32) / tokens
+    if isinstance(basis, Held):
+        return basis.observe(x), energy
+    gradient = _over_tokens(x, coefficients, precision) / tokens
+    return gradient.astype(basis.dtype), energy
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _projected_dense(options, x, kernels, slots, basis, energy):
     del slots, basis, energy  # they exist for their cotangents
@@ -142,25 +177,14 @@ def _projected_dense(options, x, kernels, slots, basis, energy):
 
 def _forward(options, x, kernels, slots, basis, energy):
     outputs = _projected_dense(options, x, kernels, slots, basis, energy)
-    coefficients = dense(x, basis, options.precision)
-    seen, seen_coefficients = x, coefficients
-    if x.ndim > 1:
-        seen = x[..., :: options.stride, :]
-        seen_coefficients = coefficients[..., :: options.stride, :]
-    tokens = max(1, seen.size // seen.shape[-1])
-    # x is at hand only here, so both statistics of it are made here.
-    energy_gradient = _over_tokens(seen, seen_coefficients, options.precision) / tokens
-    total_energy = jnp.sum(jnp.square(seen.astype(jnp.float32))) / tokens
-    return outputs, (
-        coefficients,
-        kernels,
-        energy_gradient.astype(basis.dtype),
-        total_energy,
-    )
+    coefficients = project(x, basis, options.precision)
+    # x is at hand only here, so whatever is to be known of it is made here.
+    seen = observe(x, coefficients, basis, options.stride, options.precision)
+    return outputs, (coefficients, kernels, *seen)
 
 
 def _backward(options, residuals, cotangents):
-    coefficients, kernels, energy_gradient, total_energy = residuals
+    coefficients, kernels, observation, energy = residuals
     dx = None
     # Last first: autodiff adds the cotangents of a shared input in this order, and
     # in bfloat16 the order shows.
@@ -176,7 +200,7 @@ def _backward(options, residuals, cotangents):
         _over_tokens(coefficients, dy, options.precision) for dy in cotangents
     )
     no_gradient = (None,) * len(kernels)
-    return dx, no_gradient, slots, energy_gradient, total_energy
+    return dx, no_gradient, slots, observation, energy
 
 
 _projected_dense.defvjp(_forward, _backward)

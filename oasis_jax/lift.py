@@ -3,12 +3,14 @@
 import jax.numpy as jnp
 from jax import Array
 
+from oasis_jax.bases import Basis, Held
 
-def lift(basis: Array, coordinates: Array, dtype=None) -> Array:
+
+def lift(basis: Basis, coordinates: Array, dtype=None) -> Array:
     """P D: an update in the subspace as an update of the kernel.
 
     Args:
-      basis: P, (..., n_in, r).
+      basis: P, (..., n_in, r), an array or otherwise held.
       coordinates: D, (..., r, n_out) float32.
       dtype: Of the result; the coordinates' own if None. The product is accumulated in
         float32 either way.
@@ -28,9 +30,12 @@ def lift(basis: Array, coordinates: Array, dtype=None) -> Array:
             f"lift: basis has shape {basis.shape}, coordinates {coordinates.shape};"
             f" rank {basis.shape[-1]} is not {coordinates.shape[-2]}"
         )
-    product = jnp.matmul(
-        basis.astype(coordinates.dtype),
-        coordinates,
-        preferred_element_type=jnp.float32,
-    )
+    if isinstance(basis, Held):
+        product = basis.lift(coordinates)
+    else:
+        product = jnp.matmul(
+            basis.astype(coordinates.dtype),
+            coordinates,
+            preferred_element_type=jnp.float32,
+        )
     return product.astype(dtype or coordinates.dtype)

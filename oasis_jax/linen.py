@@ -21,6 +21,30 @@ _kernel_init = nn.initializers.lecun_normal()
 _bias_init = nn.initializers.zeros_init()
 
 
+def _place(module: nn.Module, site: str, **declared: Any) -> Projection:
+    """Declares a place when initialising; what stands there now."""
+    if module.is_initializing():
+        module.variable(COLLECTION, site, lambda: Projection(**declared))
+    if module.has_variable(COLLECTION, site):
+        return module.get_variable(COLLECTION, site)
+    return Projection()
+
+
+def input_projection(module: nn.Module, site: str, features: int) -> Projection:
+    """Declares the input of a norm or an activation function; what stands there now.
+
+    Where it is `active`, apply a function of `oasis_jax.nonlinear` with its `basis`,
+    `energy` and `stride`; where not, the plain one.
+
+    Args:
+      module: The calling module, in a compact method.
+      site: Name of the input, such as 'input'.
+      features: Of the input.
+    """
+    # The energy tells how many axes a scan puts in front.
+    return _place(module, site, features=features, energy=jnp.zeros(()))
+
+
 def _project(
     module: nn.Module,
     site: str,
@@ -30,11 +54,7 @@ def _project(
     precision: PrecisionLike,
 ) -> tuple[Array, ...]:
     """Applies the weights, keyed by kernel path relative to `module`, to one input."""
-    if module.is_initializing():
-        module.variable(COLLECTION, site, Projection, kernels=tuple(weights))
-    projection = Projection()
-    if module.has_variable(COLLECTION, site):
-        projection = module.get_variable(COLLECTION, site)
+    projection = _place(module, site, kernels=tuple(weights))
     arrays = [a for pair in weights.values() for a in pair if a is not None]
     dtype = canonicalize_dtype(x, *arrays, dtype=dtype)
     # The kernel is cast inside the operation, so that no cast copy of it is saved.

@@ -128,26 +128,51 @@ class OasisOptimizer(nnx.Optimizer):
         """
 
         def differentiated(model: nnx.Module, *args: Any):
-            graph, params, subspace, rest = self._split(model)
-
-            def pure_loss(variables: Any, rest: Any, *args: Any):
-                inner = nnx.merge(
-                    graph,
-                    _filled(params, variables["params"]),
-                    _filled(subspace, variables[COLLECTION]),
-                    rest,
-                    copy=True,
-                )
-                result = loss_fn(inner, *args)
-                loss, aux = result if has_aux else (result, None)
-                return loss, (aux, self._split(inner)[-1])
-
+            pure_loss, rest = self._pure(model, loss_fn, has_aux)
             grad_fn = self._whole(model).value_and_grad(pure_loss, has_aux=True)
             (loss, (aux, rest)), grads = grad_fn(rest, *args)
             nnx.update(model, rest)
             return ((loss, aux) if has_aux else loss), grads
 
         return differentiated
+
+    def refresh(self, model: nnx.Module, loss_fn: Callable, *args: Any) -> None:
+        """Renews the bases that are due from this step's batch, in place.
+
+        As `OasisTrainState.refresh` does; call it before `value_and_grad` for methods
+        such as PRAC and VeLoRA. What `loss_fn` changes in the model is not kept.
+
+        Args:
+          loss_fn: `loss_fn(model, *args)`, the loss or `(loss, aux)`.
+        """
+        pure_loss, rest = self._pure(model, loss_fn, has_aux=None)
+        state = self._whole(model).refresh(pure_loss, rest, *args)
+        _put(model, Subspace, state.subspace)
+
+    def _pure(
+        self, model: nnx.Module, loss_fn: Callable, has_aux: bool | None
+    ) -> tuple[Callable, Any]:
+        """`loss_fn` of variables and the model's other state, and that state.
+
+        It returns `(loss, (aux, other state))`, for `has_aux=None` whatever `loss_fn` does.
+        """
+        graph, params, subspace, rest = self._split(model)
+
+        def pure_loss(variables: Any, rest: Any, *args: Any):
+            inner = nnx.merge(
+                graph,
+                _filled(params, variables["params"]),
+                _filled(subspace, variables[COLLECTION]),
+                rest,
+                copy=True,
+            )
+            result = loss_fn(inner, *args)
+            if has_aux is None:
+                return result
+            loss, aux = result if has_aux else (result, None)
+            return loss, (aux, self._split(inner)[-1])
+
+        return pure_loss, rest
 
     def update(  # type: ignore[override]
         self, model: nnx.Module, grads: Gradients, /

@@ -7,7 +7,9 @@ import jax
 
 def path_string(path: tuple) -> str:
     """'blocks/attn/q_proj/kernel' for a key path of `jax.tree_util`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    # An NNX variable is a node of its own; `nnx.Optimizer` shows some trees with it.
+    return name.removesuffix("/value")
 
 
 def flatten_paths(tree, is_leaf=None) -> dict:

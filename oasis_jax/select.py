@@ -10,11 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from oasis_jax.lora import Lora
 from oasis_jax.paths import flatten_paths, map_with_paths, path_hash
-from oasis_jax.subspace import Projection, is_projection, kernel_paths
+from oasis_jax.subspace import (
+    COORDINATES,
+    FULL_SIZE,
+    Projection,
+    is_projection,
+    kernel_paths,
+)
 from oasis_jax.trackers import TRACKERS, Tracker
 
 FULL = "full"
+_TRACKERS: dict[str, type[Any]] = TRACKERS | {Lora.name: Lora}
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,13 @@ class Rule:
         `blocks/mlp/down_proj/kernel`.
       rank: A float in (0, 1] is a fraction of n_in, an int in [1, n_in] a number of
         columns, and 'full' leaves the kernel unprojected.
-      tracker: A tracker, or the name of one with its defaults.
+      tracker: A tracker, or the name of one with its defaults; or `Lora`.
       stride: The tracker sees every stride-th token.
+      gradient: What the optimizer sees of a kernel's gradient: 'coordinates', C = P^T G,
+        for an optimizer that lifts; or 'full', P C, for any optimizer.
+      inputs: Instead of kernels, the rule is about inputs of norms and activation
+        functions, such as `blocks/attn_norm/input`; where it matches, only their
+        coefficients are saved.
 
     Raises:
       ValueError: where a field makes no sense, naming it and its value.
@@ -41,6 +54,8 @@ class Rule:
     rank: float | int | str = 0.25
     tracker: Tracker | str = "oja"
     stride: int = 1
+    gradient: str = COORDINATES
+    inputs: bool = False
 
     def __post_init__(self):
         if not _sensible(self.rank):
@@ -48,14 +63,19 @@ class Rule:
                 f"rule {self.pattern!r}: rank is {self.rank!r}, expected a fraction of"
                 " n_in in (0, 1], a whole number from 1, or 'full'"
             )
-        if isinstance(self.tracker, str) and self.tracker not in TRACKERS:
+        if isinstance(self.tracker, str) and self.tracker not in _TRACKERS:
             raise ValueError(
                 f"rule {self.pattern!r}: tracker is {self.tracker!r}, expected one of"
-                f" {sorted(TRACKERS)}"
+                f" {sorted(_TRACKERS)}"
             )
         if self.stride < 1:
             raise ValueError(
                 f"rule {self.pattern!r}: stride is {self.stride}, expected at least 1"
+            )
+        if self.gradient not in (COORDINATES, FULL_SIZE):
+            raise ValueError(
+                f"rule {self.pattern!r}: gradient is {self.gradient!r}, expected"
+                f" {COORDINATES!r} or {FULL_SIZE!r}"
             )
         try:
             re.compile(self.pattern)
@@ -90,28 +110,39 @@ class Selection:
 
     Attributes:
       places: The declared tree, its projected places with their tracker and stride.
-      shapes: Shape of the basis by place.
+      shapes: Shape of the basis (of LoRA's A) by place.
+      kernels: Shape of the kernels by place.
       matches: The kernel paths that each rule decided, in the rules' order.
       unmatched: Kernels that no rule matched; they stay full.
     """
 
     places: Any
     shapes: dict[str, tuple[int, ...]]
+    kernels: dict[str, tuple[tuple[int, ...], ...]]
     matches: tuple[tuple[Rule, tuple[str, ...]], ...]
     unmatched: tuple[str, ...]
 
     def init(self, key: jax.Array) -> Any:
         """The subspace: the declared tree with a first basis wherever there is one."""
 
-        def fill(path: str, place: Projection) -> Projection:
+        def fill(path: str, place: Projection) -> Any:
             if path not in self.shapes:
-                return place
+                return replace(place, energy=None)
             shape = self.shapes[path]
             own_key = jax.random.fold_in(key, path_hash(path))
+            if isinstance(place.tracker, Lora):
+                return place.tracker.adapter(
+                    own_key, place.kernels, self.kernels[path], shape[-1]
+                )
             gram = None
             if getattr(place.tracker, "axes", None) == "gradient":
                 gram = jnp.zeros((*shape[:-2], shape[-1], shape[-1]), jnp.float32)
-            return replace(place, basis=place.tracker.init(own_key, shape), gram=gram)
+            return replace(
+                place,
+                basis=place.tracker.init(own_key, shape),
+                gram=gram,
+                energy=None,
+            )
 
         return map_with_paths(fill, self.places, is_leaf=is_projection)
 
@@ -155,31 +186,48 @@ def select(
     shapes = {path: leaf.shape for path, leaf in flatten_paths(params).items()}
     matched: dict[int, list[str]] = {i: [] for i in range(len(rules))}
     unmatched: list[str] = []
-    candidates: list[str] = []
+    candidates: dict[bool, list[str]] = {False: [], True: []}  # kernels, inputs
     basis_shapes: dict[str, tuple[int, ...]] = {}
 
+    kernel_shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def rule_for(name: str, inputs: bool) -> Rule | None:
+        """The rule that decides a kernel, or an input, of that path."""
+        candidates[inputs].append(name)
+        for i, rule in enumerate(rules):
+            if rule.inputs == inputs and re.search(rule.pattern, name):
+                matched[i].append(name)
+                return rule
+        if not inputs:
+            unmatched.append(name)
+        return None
+
+    def rank_of(rule: Rule, name: str, n_in: int) -> int | None:
+        rank = rule.columns(n_in)
+        if rank is not None:
+            try:
+                _resolved(rule.tracker).check(n_in, rank)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name}: rule {rule.pattern!r} asks for {error}"
+                ) from None
+        return rank
+
     def decide(path: str, place: Projection) -> Projection:
+        if place.features:
+            return decide_input(path, place)
         chosen: dict[str, Rule] = {}
+        kernels = []
         for name, kernel in zip(place.kernels, kernel_paths(path, place), strict=True):
-            candidates.append(kernel)
-            index = next(
-                (i for i, rule in enumerate(rules) if re.search(rule.pattern, kernel)),
-                None,
-            )
-            if index is None:
-                unmatched.append(kernel)
+            rule = rule_for(kernel, inputs=False)
+            if rule is None:
                 continue
-            matched[index].append(kernel)
             *batch, n_in, _ = shapes[kernel]
-            rank = rules[index].columns(n_in)
+            rank = rank_of(rule, kernel, n_in)
             if rank is None:
                 continue
-            if rank > n_in:
-                raise ValueError(
-                    f"{kernel}: rule {rules[index].pattern!r} asks for rank {rank}, but"
-                    f" the kernel has only {n_in} input features"
-                )
-            chosen[name] = rules[index]
+            chosen[name] = rule
+            kernels.append(shapes[kernel])
             basis_shapes[path] = (*batch, n_in, rank)
         if not chosen:
             return place
@@ -190,19 +238,34 @@ def select(
                 f" basis, but rules {[r.pattern for r in chosen.values()]} give them"
                 " different ranks, trackers or strides"
             )
-        tracker = first.tracker
-        if isinstance(tracker, str):
-            tracker = TRACKERS[tracker]()
+        kernel_shapes[path] = tuple(kernels)
         return replace(
-            place, kernels=tuple(chosen), tracker=tracker, stride=first.stride
+            place,
+            kernels=tuple(chosen),
+            tracker=_resolved(first.tracker),
+            stride=first.stride,
+            gradient=first.gradient,
+        )
+
+    def decide_input(path: str, place: Projection) -> Projection:
+        rule = rule_for(path, inputs=True)
+        rank = None if rule is None else rank_of(rule, path, place.features)
+        if rule is None or rank is None:
+            return place
+        basis_shapes[path] = (*place.energy.shape, place.features, rank)
+        return replace(
+            place,
+            tracker=_resolved(rule.tracker),
+            stride=rule.stride,
+            gradient=FULL_SIZE,
         )
 
     places = map_with_paths(decide, declared, is_leaf=is_projection)
     for index, rule in enumerate(rules):
         if not matched[index] and not any(
-            re.search(rule.pattern, kernel) for kernel in candidates
+            re.search(rule.pattern, name) for name in candidates[rule.inputs]
         ):
-            raise ValueError(_nothing(rule, candidates))
+            raise ValueError(_nothing(rule, candidates[rule.inputs]))
         if not matched[index]:
             raise ValueError(
                 f"rule {rule.pattern!r} decides nothing: earlier rules match all that"
@@ -211,16 +274,25 @@ def select(
     return Selection(
         places,
         basis_shapes,
+        kernel_shapes,
         tuple((rule, tuple(matched[i])) for i, rule in enumerate(rules)),
         tuple(unmatched),
     )
 
 
+def _resolved(tracker: Tracker | str) -> Tracker:
+    return _TRACKERS[tracker]() if isinstance(tracker, str) else tracker
+
+
 def _nothing(rule: Rule, candidates: list[str]) -> str:
+    what = "input" if rule.inputs else "kernel"
     if not candidates:
         return (
             f"rule {rule.pattern!r} matches nothing: the model declares no projectable"
-            " layer (OasisDense, shared_dense, OasisLinear)"
+            " norm or activation"
+            if rule.inputs
+            else f"rule {rule.pattern!r} matches nothing: the model declares no"
+            " projectable layer (OasisDense, shared_dense, OasisLinear)"
         )
     near = difflib.get_close_matches(rule.pattern, candidates, n=3, cutoff=0.0)
-    return f"rule {rule.pattern!r} matches no kernel; the nearest are {', '.join(near)}"
+    return f"rule {rule.pattern!r} matches no {what}; the nearest are {', '.join(near)}"

@@ -17,9 +17,9 @@ import optax
 from jax import Array
 
 from oasis_jax import subspace as sub
+from oasis_jax.lift import lift
 from oasis_jax.paths import flatten_paths, map_with_paths
 from oasis_jax.select import DEFAULT_RULES, Rule, Selection, select
-from oasis_jax.trackers import WARM_START
 
 
 class Gradients(NamedTuple):
@@ -112,8 +112,9 @@ class OasisTrainState:
           apply_fn: Usually `model.apply`.
           params, subspace: As `model.init` returned them; the latter says which
             layers can be projected.
-          tx: An Optax optimizer. With projected kernels it must lift their updates,
-            as `oasis_adam` does.
+          tx: An Optax optimizer. It must lift the updates of kernels whose gradients it
+            sees in coordinates, as `oasis_adam` does; with rules of full-size gradients,
+            or with LoRA, any will do.
           rules: Which kernels, which rank; or a `Selection` made of them. `()` projects
             nothing.
           seed: For the bases.
@@ -130,10 +131,11 @@ class OasisTrainState:
             step=jnp.zeros((), jnp.int32),
             params=params,
             subspace=subspace,
-            opt_state=tx.init(_slots_in_place(params, sub.probe(subspace, params))),
+            opt_state=tx.init(_optimized(params, sub.probe(subspace, params))),
             diagnostics=Diagnostics(
-                captured_energy=_zeros(subspace),
-                motion=_zeros(subspace),  # not the same arrays: all are donated
+                captured_energy=_zeros(sub.watched(subspace)),
+                # Not the same arrays: all are donated.
+                motion=_zeros(sub.projections(subspace), sub.COORDINATES),
                 gradient_norm=jnp.zeros(()),
                 skipped=jnp.zeros((), jnp.int32),
                 skipped_in_a_row=jnp.zeros((), jnp.int32),
@@ -168,13 +170,13 @@ class OasisTrainState:
         """
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}, expected at least 1")
-        projected = sub.bases(self.subspace)
-        # The kernels behind a slot are closed over, not differentiated: a gradient of
-        # theirs would be a dense zero array.
-        trainable = map_with_paths(
-            lambda path, leaf: None if path in projected else leaf, self.params
-        )
         probe = sub.probe(self.subspace, self.params)
+        # Kernels behind a slot or an adapter are closed over, not differentiated: a
+        # gradient of theirs would be a dense zero array.
+        stand_ins = sub.gradient_leaves(probe)
+        trainable = map_with_paths(
+            lambda path, leaf: None if path in stand_ins else leaf, self.params
+        )
 
         def differentiated(trainable, probe, *args):
             params = jax.tree.map(
@@ -189,7 +191,7 @@ class OasisTrainState:
 
         def once(*args):
             value, (grads, observations) = grad_fn(trainable, probe, *args)
-            params = _slots_in_place(grads, observations)
+            params = _replace_leaves(grads, sub.gradient_leaves(observations))
             return value, Gradients(params, observations)
 
         if accumulate == 1:
@@ -215,15 +217,19 @@ class OasisTrainState:
         subspace, motions = sub.advance(
             self.subspace, grads.observations, self.step, key
         )
+        trained = _trained(self.params, self.subspace)
         updates, opt_state = self.tx.update(
-            grads.params,
+            _lifted(grads.params, self.subspace),
             self.opt_state,
-            self.params,
-            basis=sub.bases(self.subspace),
+            trained,
+            basis=sub.bases(self.subspace, sub.COORDINATES),
             motion=sub.by_kernel(self.subspace, motions),
         )
+        params, subspace = _put_back(
+            optax.apply_updates(trained, updates), self.params, subspace
+        )
         finite = _all_finite((grads, subspace))
-        new = (optax.apply_updates(self.params, updates), subspace, opt_state)
+        new = (params, subspace, opt_state)
         old = (self.params, self.subspace, self.opt_state)
         params, subspace, opt_state = _choose(finite, new, old)
         before = self.diagnostics
@@ -244,7 +250,7 @@ class OasisTrainState:
         )
 
     def warm_start(
-        self, loss_fn: Callable, *args: Any, iterations: int = 4
+        self, loss_fn: Callable, *args: Any, iterations: int = 4, accumulate: int = 1
     ) -> "OasisTrainState":
         """Turns the bases towards one batch's activations, before the first step.
 
@@ -252,47 +258,107 @@ class OasisTrainState:
         iteration on the batch's X^T X. Only bases change.
 
         Args:
-          loss_fn, args: As for `value_and_grad`.
+          loss_fn, args, accumulate: As for `value_and_grad`.
           iterations: How many; each costs a forward pass.
         """
-        probe = sub.probe(self.subspace, self.params)
+        places = dict.fromkeys(sub.projections(self.subspace), jnp.asarray(True))
+        return replace(
+            self,
+            subspace=self._renewed(places, iterations, loss_fn, args, accumulate),
+        )
 
-        def iterate(_, subspace):
-            seen = map_bases(subspace, probe)
-            observations = jax.grad(
-                lambda seen: _value(
-                    loss_fn({"params": self.params, sub.COLLECTION: seen}, *args)
-                )
-            )(seen)
-            key = jax.random.key(self.seed)
-            new, _ = sub.advance(subspace, observations, WARM_START, key)
+    def refresh(
+        self, loss_fn: Callable, *args: Any, accumulate: int = 1
+    ) -> "OasisTrainState":
+        """Renews the bases that are due from this step's batch, before it is used.
+
+        For methods whose basis comes from a whole batch every so often (PRAC, VeLoRA);
+        for all others it does nothing and compiles to nothing:
+
+            state = state.refresh(loss_fn, batch)
+            loss, grads = state.value_and_grad(loss_fn)(batch)
+            state = state.apply_gradients(grads)
+
+        Args:
+          loss_fn, args, accumulate: As for `value_and_grad`.
+        """
+        due = sub.due(self.subspace, self.step)
+        if not due:
+            return self
+        places = sub.projections(self.subspace)
+        passes = max(places[path].tracker.passes for path in due)
+        subspace = jax.lax.cond(
+            jnp.any(jnp.stack(list(due.values()))),
+            lambda: self._renewed(due, passes, loss_fn, args, accumulate),
+            lambda: self.subspace,
+        )
+        return replace(self, subspace=subspace)
+
+    def _renewed(self, which, passes: int, loss_fn: Callable, args, accumulate: int):
+        """The subspace after `passes` renewals of the places in `which`."""
+        probe = sub.probe(self.subspace, self.params)
+        key = jax.random.fold_in(jax.random.key(self.seed), self.step)
+
+        def once(subspace):
+            def observe(*micro):
+                seen = jax.grad(
+                    lambda seen: _value(
+                        loss_fn({"params": self.params, sub.COLLECTION: seen}, *micro)
+                    )
+                )(map_bases(subspace, probe))
+                return None, sub.forward_observations(subspace, seen)
+
+            if accumulate == 1:
+                return observe(*args)[1]
+            return _accumulate(observe, args, accumulate, False)[1]
+
+        def iterate(i, subspace):
+            observations = once(subspace)
+            own_key = jax.random.fold_in(key, i)
+            new = sub.renew(subspace, observations, own_key, which)
             return _choose(_all_finite((observations, new)), new, subspace)
 
-        return replace(
-            self, subspace=jax.lax.fori_loop(0, iterations, iterate, self.subspace)
-        )
+        return jax.lax.fori_loop(0, passes, iterate, self.subspace)
+
+    def merged_params(self) -> Any:
+        """The parameters of the plain model: `params`, with LoRA's adapters merged."""
+        merged = {
+            kernel: (adapter, i)
+            for path, adapter in sub.adapters(self.subspace).items()
+            for i, kernel in enumerate(sub.kernel_paths(path, adapter))
+        }
+
+        def merge(path: str, leaf: Array) -> Array:
+            if path not in merged:
+                return leaf
+            adapter, i = merged[path]
+            return adapter.merge(i, leaf)
+
+        return map_with_paths(merge, self.params)
 
     def _check_lifted(self) -> None:
         """Finds an optimizer that does not lift now, not at the first step."""
-        grads = _slots_in_place(self.params, sub.probe(self.subspace, self.params))
-        projected = sub.bases(self.subspace)
-        wanted = {path: leaf.shape for path, leaf in flatten_paths(self.params).items()}
+        probe = sub.probe(self.subspace, self.params)
+        trained = _trained(self.params, self.subspace)
+        seen = _optimized(self.params, probe)
+        wanted = {path: leaf.shape for path, leaf in flatten_paths(trained).items()}
         try:
             updates, _ = jax.eval_shape(
                 lambda g, s, p, b: self.tx.update(g, s, p, basis=b),
-                grads,
+                seen,
                 self.opt_state,
-                self.params,
-                projected,
+                trained,
+                sub.bases(self.subspace, sub.COORDINATES),
             )
         except TypeError:  # it added, say, a decayed weight to a projected gradient
-            updates = grads
+            updates = seen
         for path, update in flatten_paths(updates).items():
             if update.shape != wanted[path]:
                 raise ValueError(
                     f"{path}: the optimizer leaves its projected gradient of shape"
                     f" {update.shape} unlifted, for a parameter of shape {wanted[path]};"
-                    " use oasis_adam, or pass rules=() to project nothing"
+                    " use oasis_adam, or a rule with gradient='full', or pass rules=()"
+                    " to project nothing"
                 )
 
 
@@ -303,21 +369,63 @@ def map_bases(subspace: Any, probe: Any) -> Any:
     )
 
 
-def _zeros(subspace: Any) -> dict[str, Array]:
-    places = sub.projections(subspace)
-    return {path: jnp.zeros(p.basis.shape[:-2]) for path, p in places.items()}
+def _zeros(places: dict[str, Any], gradient: str | None = None) -> dict[str, Array]:
+    return {
+        path: jnp.zeros(p.basis.shape[:-2])
+        for path, p in places.items()
+        if gradient in (None, p.gradient)
+    }
 
 
-def _slots_in_place(params: Any, probe: Any) -> Any:
-    """The tree of `params` with every projected kernel's leaf replaced by its slot."""
-    slots: dict[str, Any] = {}
-    for path, p in sub.projections(probe).items():
-        slots.update(zip(sub.kernel_paths(path, p), p.slots, strict=True))
+def _replace_leaves(params: Any, leaves: dict[str, Any]) -> Any:
+    """The tree of `params` with the leaves at some paths replaced."""
     return map_with_paths(
-        lambda path, leaf: slots.get(path, leaf),
+        lambda path, leaf: leaves.get(path, leaf),
         params,
         is_leaf=lambda leaf: leaf is None,
     )
+
+
+def _optimized(params: Any, probe: Any) -> Any:
+    """The tree of what the optimizer moves: parameters, coordinates, adapters.
+
+    Of a kernel whose gradient it sees in coordinates that is the slot; of an adapted one
+    `{"a": A, "b": B}`; else the parameter.
+    """
+    lifted = sub.bases(probe, sub.FULL_SIZE)
+    leaves = sub.gradient_leaves(probe)
+    return _replace_leaves(
+        params, {path: leaf for path, leaf in leaves.items() if path not in lifted}
+    )
+
+
+def _trained(params: Any, subspace: Any) -> Any:
+    """The parameters as the optimizer sees them: adapters in place of their kernels."""
+    return _replace_leaves(params, sub.gradient_leaves(sub.only_adapters(subspace)))
+
+
+def _lifted(grads: Any, subspace: Any) -> Any:
+    """The gradients with P C where the optimizer wants them at full size."""
+    projected = sub.bases(subspace, sub.FULL_SIZE)
+    return map_with_paths(
+        lambda path, leaf: lift(projected[path], leaf) if path in projected else leaf,
+        grads,
+    )
+
+
+def _put_back(trained: Any, params: Any, subspace: Any) -> tuple[Any, Any]:
+    """Undoes `_trained`: adapters go to the subspace, their kernels stay as they were."""
+    adapted = sub.gradient_leaves(sub.only_adapters(subspace))
+    leaves = {}
+
+    def kernel(path: str, old: Array, new: Any) -> Array:
+        if path not in adapted:
+            return new
+        leaves[path] = new
+        return old
+
+    params = map_with_paths(kernel, params, trained)
+    return params, sub.put_adapters(subspace, leaves)
 
 
 def _accumulate(once: Callable, args: tuple, count: int, has_aux: bool):

@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from oasis_jax.bases import Held, motion
 from oasis_jax.dense import dense, projected_dense
+from oasis_jax.lora import Adapter
 from oasis_jax.paths import flatten_paths, map_with_paths, path_hash
-from oasis_jax.trackers import motion
+from oasis_jax.trackers import WARM_START
 
 COLLECTION = "subspace"
 """The Flax collection; list it in `variable_axes` when scanning over layers."""
+
+COORDINATES, FULL_SIZE = "coordinates", "full"
+"""What an optimizer gets to see of a projected kernel's gradient: C, or P C."""
 
 
 def _static(default: Any = None) -> Any:
@@ -33,14 +38,18 @@ class Projection:
     """One input, the kernels applied to it, and the basis that they share.
 
     Attributes:
-      kernels: Paths of the kernels, relative to the module that declares this.
+      kernels: Paths of the kernels, relative to the module that declares this; none
+        where the input is that of a norm or an activation function.
       tracker: A `Tracker`: how the basis moves.
       stride: Token stride of what the tracker sees.
       basis: P, (..., n_in, r) float32; of an observation, the energy gradient S.
       slots: One (..., r, n_out) float32 per kernel, only in a differentiated call; of
         an observation, the coordinates C of the kernels' gradients.
-      energy: Zero, (...); of an observation, |x|^2 / N.
+      energy: Zero, (...); of an observation, |x|^2 / N. A place without kernels declares
+        it, so that its leading axes are known.
       gram: Running mean of C C^T, (..., r, r), where the tracker's axes need it.
+      gradient: `COORDINATES` or `FULL_SIZE`.
+      features: n_in of a place without kernels.
     """
 
     kernels: tuple[str, ...] = _static(())
@@ -51,31 +60,50 @@ class Projection:
     slots: Any = None
     energy: Any = None
     gram: Any = None
+    gradient: str = _static(COORDINATES)
+    features: int = _static(0)
+
+    @property
+    def active(self) -> bool:
+        """Whether this is a differentiated call of a place with a basis."""
+        return self.basis is not None and self.slots is not None
 
     def __call__(
         self, x: Array, kernels: Mapping[str, Array], precision=None
     ) -> tuple[Array, ...]:
         """Applies `kernels` (by relative path) to `x`; projects those it can."""
-        if self.basis is None or self.slots is None:
+        if not self.active:
             return tuple(dense(x, kernel, precision) for kernel in kernels.values())
-        projected = projected_dense(
-            x,
-            [kernels[name] for name in self.kernels],
-            self.slots,
-            self.basis,
-            self.energy,
-            stride=self.stride,
-            precision=precision,
-        )
-        outputs = dict(zip(self.kernels, projected, strict=True))
+
+        def projected(names, slots, basis):
+            inputs = [kernels[name] for name in names]
+            options: Any = dict(stride=self.stride, precision=precision)
+            return projected_dense(x, inputs, slots, basis, self.energy, **options)
+
+        if self.tracker is None or self.tracker.shared:
+            outputs = projected(self.kernels, self.slots, self.basis)
+        else:
+            pairs = enumerate(zip(self.kernels, self.slots, strict=True))
+            outputs = tuple(
+                projected([name], [slot], self.basis_of(i))[0]
+                for i, (name, slot) in pairs
+            )
+        by_name = dict(zip(self.kernels, outputs, strict=True))
         return tuple(
-            outputs[name] if name in outputs else dense(x, kernel, precision)
+            by_name[name] if name in by_name else dense(x, kernel, precision)
             for name, kernel in kernels.items()
         )
 
+    def basis_of(self, index: int) -> Any:
+        """The basis of one of the kernels: that of the place, or its own."""
+        if self.tracker is None or self.tracker.shared:
+            return self.basis
+        return replace(self.basis, salt=index)
+
 
 def is_projection(node: Any) -> bool:
-    return isinstance(node, Projection)
+    """Whether it is a place of the tree: a `Projection`, or an `Adapter` in its stead."""
+    return isinstance(node, Projection | Adapter)
 
 
 def projections(subspace: Any) -> dict[str, Projection]:
@@ -94,24 +122,62 @@ def map_projections(function: Callable, subspace: Any, *rest: Any) -> Any:
     )
 
 
-def kernel_paths(path: str, projection: Projection) -> tuple[str, ...]:
-    """Full paths of a projection's kernels: its own path's folder, then their names."""
+def adapters(subspace: Any) -> dict[str, Adapter]:
+    """Every adapter of the tree, keyed by its path."""
+    places = flatten_paths(subspace, is_leaf=is_projection)
+    return {path: a for path, a in places.items() if isinstance(a, Adapter)}
+
+
+def only_adapters(subspace: Any) -> Any:
+    """The tree without its bases."""
+    return map_projections(lambda _, p: replace(p, basis=None), subspace)
+
+
+def kernel_paths(path: str, place: Projection | Adapter) -> tuple[str, ...]:
+    """Full paths of a place's kernels: its own path's folder, then their names."""
     folder = path.rpartition("/")[0]
-    return tuple(f"{folder}/{k}" if folder else k for k in projection.kernels)
+    return tuple(f"{folder}/{k}" if folder else k for k in place.kernels)
 
 
-def by_kernel(subspace: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values keyed by projection path, keyed by kernel path instead."""
+def bases(subspace: Any, gradient: str | None = None) -> dict[str, Any]:
+    """The basis of every projected kernel, keyed by the kernel's path.
+
+    With `gradient`, of those only whose gradient the optimizer sees in that form.
+    """
     return {
-        kernel: values[path]
-        for path, projection in projections(subspace).items()
-        for kernel in kernel_paths(path, projection)
+        kernel: p.basis_of(i)
+        for path, p in projections(subspace).items()
+        if gradient in (None, p.gradient)
+        for i, kernel in enumerate(kernel_paths(path, p))
     }
 
 
-def bases(subspace: Any) -> dict[str, Array]:
-    """The basis of every projected kernel, keyed by the kernel's path."""
-    return by_kernel(subspace, {k: p.basis for k, p in projections(subspace).items()})
+def gradient_leaves(subspace: Any) -> dict[str, Any]:
+    """What an observation, or a probe, holds of every kernel, keyed by its path.
+
+    The slot of a projected kernel, and `{"a": A, "b": B}` of an adapted one.
+    """
+    leaves: dict[str, Any] = {}
+    for path, p in projections(subspace).items():
+        leaves |= zip(kernel_paths(path, p), p.slots, strict=True)
+    for path, adapter in adapters(subspace).items():
+        pairs = zip(adapter.a, adapter.b, strict=True)
+        named = [{"a": a, "b": b} for a, b in pairs]
+        leaves |= zip(kernel_paths(path, adapter), named, strict=True)
+    return leaves
+
+
+def put_adapters(subspace: Any, leaves: Mapping[str, Any]) -> Any:
+    """The subspace with its adapters' arrays taken from `leaves`, as above."""
+
+    def fill(path: str, place: Any) -> Any:
+        if not isinstance(place, Adapter):
+            return place
+        own = [leaves[kernel] for kernel in kernel_paths(path, place)]
+        a, b = (tuple(leaf[k] for leaf in own) for k in ("a", "b"))
+        return replace(place, a=a, b=b)
+
+    return map_with_paths(fill, subspace, is_leaf=is_projection)
 
 
 def probe(subspace: Any, params: Any) -> Any:
@@ -131,7 +197,7 @@ def probe(subspace: Any, params: Any) -> Any:
 
 def advance(
     subspace: Any, observations: Any, step: Array | int, key: Array
-) -> tuple[Any, dict[str, Array]]:
+) -> tuple[Any, dict[str, tuple[Array, ...]]]:
     """Moves every basis once.
 
     Args:
@@ -141,9 +207,10 @@ def advance(
       key: A PRNG key for this step; every basis folds its own path into it.
 
     Returns:
-      The new subspace, and the motions R = P_new^T P by projection path.
+      The new subspace, and by projection path the motions R = P_new^T P, one per kernel,
+      where moments are in coordinates.
     """
-    motions = {}
+    motions: dict[str, tuple[Array, ...]] = {}
 
     def move(path: str, p: Projection, seen: Projection) -> Projection:
         own_key = jax.random.fold_in(key, path_hash(path))
@@ -151,10 +218,60 @@ def advance(
         gram = p.gram
         if gram is not None:
             new, gram = _align(p, new, seen.slots)
-        motions[path] = motion(new, p.basis)
-        return replace(p, basis=new, gram=gram)
+        moved = replace(p, basis=new, gram=gram)
+        if p.gradient == COORDINATES:
+            kernels = kernel_paths(path, p)
+            own = range(1 if p.tracker.shared else len(kernels))
+            moves = [motion(moved.basis_of(i), p.basis_of(i)) for i in own]
+            motions[path] = tuple(moves * (len(kernels) // len(moves)))
+        return moved
 
     return map_projections(move, subspace, observations), motions
+
+
+def by_kernel(subspace: Any, values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Values keyed by projection path, one per kernel, keyed by kernel path instead."""
+    places = projections(subspace)
+    return {
+        kernel: value
+        for path, own in values.items()
+        for kernel, value in zip(kernel_paths(path, places[path]), own, strict=True)
+    }
+
+
+def forward_observations(subspace: Any, observations: Any) -> Any:
+    """Without the gradients' coordinates, where no basis is turned towards them.
+
+    What is left comes of the forward pass alone, so the compiler drops the backward.
+    """
+    return map_projections(
+        lambda _, p, seen: replace(seen, slots=None) if p.gram is None else seen,
+        subspace,
+        observations,
+    )
+
+
+def due(subspace: Any, step: Array) -> dict[str, Array]:
+    """Which places want to be renewed from the batch of this step, bool (), by path."""
+    return {
+        path: p.tracker.due(step)
+        for path, p in projections(subspace).items()
+        if p.tracker.passes
+    }
+
+
+def renew(
+    subspace: Any, observations: Any, key: Array, which: Mapping[str, Array]
+) -> Any:
+    """One pass of a renewal: moves the bases in `which`, where it says so."""
+    new, _ = advance(subspace, observations, WARM_START, key)
+
+    def choose(path: str, old: Projection, new: Projection) -> Projection:
+        if path not in which:
+            return old
+        return jax.tree.map(lambda a, b: jnp.where(which[path], a, b), new, old)
+
+    return map_projections(choose, subspace, new)
 
 
 def _align(p: Projection, new: Array, coordinates) -> tuple[Array, Array]:
@@ -171,21 +288,32 @@ def _align(p: Projection, new: Array, coordinates) -> tuple[Array, Array]:
 
 
 def captured_energy(subspace: Any, observations: Any) -> dict[str, Array]:
-    """|XP|^2 / |X|^2 of each projection, (...), from what the step observed anyway."""
+    """|XQ|^2 / |X|^2 of each projection, (...), from what the step observed anyway.
 
+    Q is P with its columns at unit length. Bases that are no arrays observe something
+    else, and are left out.
+    """
     seen = projections(observations)
 
-    def share(path: str, p: Projection) -> Array:
-        captured = jnp.sum(p.basis * seen[path].basis, axis=(-2, -1))
-        total = seen[path].energy
+    def share(p: Projection, observed: Projection) -> Array:
+        lengths = jnp.sum(jnp.square(p.basis), axis=-2)
+        captured = jnp.sum(p.basis * observed.basis, axis=-2)
+        captured = jnp.sum(captured / jnp.maximum(lengths, 1e-30), axis=-1)
+        total = observed.energy
         return jnp.where(total > 0, captured / jnp.where(total > 0, total, 1), 0)
 
-    return {path: share(path, p) for path, p in projections(subspace).items()}
+    return {path: share(p, seen[path]) for path, p in watched(subspace).items()}
 
 
-def moved_share(motions: Mapping[str, Array]) -> dict[str, Array]:
+def watched(subspace: Any) -> dict[str, Projection]:
+    """The places whose captured energy is known."""
+    places = projections(subspace).items()
+    return {path: p for path, p in places if not isinstance(p.basis, Held)}
+
+
+def moved_share(motions: Mapping[str, tuple[Array, ...]]) -> dict[str, Array]:
     """1 - |R|_F^2 / r, (...): 0 for a basis that spans what it spanned, 1 for a new one."""
     return {
         path: 1 - jnp.sum(jnp.square(r), axis=(-2, -1)) / r.shape[-1]
-        for path, r in motions.items()
+        for path, (r, *_) in motions.items()
     }

@@ -10,105 +10,65 @@ A basis that stands still must come back bit for bit: that is how the train stat
 that nothing moved.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from oasis_jax.bases import (
+    Basis,
+    Blocks,
+    Draw,
+    Seeded,
+    draw,
+    orthonormalise,
+    polar,
+)
 from oasis_jax.compat import batched_linalg
 
-# The `step` of the updates that happen before the first optimizer step, on the first
-# batch, whose only purpose is to make the basis useful from the start.
+# The `step` of the updates that renew a basis from a whole batch: before the first
+# optimizer step, and whenever a tracker's `due` says so.
 WARM_START = -1
 
-_EXACT = jax.lax.Precision.HIGHEST
 
-
-class Tracker(Protocol):
-    """An `init`/`update` pair; see the module's docstring."""
+class Tracker:
+    """What all trackers have; a subclass is a frozen dataclass with a `name`."""
 
     name: ClassVar[str]
+    # How many passes over a batch a renewal takes; 0 for a tracker that never asks.
+    passes: ClassVar[int] = 0
+    # Whether kernels that share an input share its basis too.
+    shared: bool = True
 
-    def init(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """A first orthonormal basis, (..., n_in, r) float32."""
-        ...
+    def init(self, key: Array, shape: tuple[int, ...]) -> Basis:
+        """A first basis of that shape, (..., n_in, r), float32."""
+        raise NotImplementedError
 
-    def update(
-        self, basis: Array, observation: Array, step: Array, key: Array
-    ) -> Array:
-        """The basis for the next step; same shape and dtype, orthonormal columns.
+    def update(self, basis: Any, observation: Any, step: Array, key: Array) -> Any:
+        """The basis for the next step, like the one given.
 
         Args:
-          basis: (..., n_in, r), orthonormal columns.
-          observation: The energy gradient S, (..., n_in, r).
-          step: int32 scalar, optimizer steps taken so far, or `WARM_START`.
+          basis: (..., n_in, r), columns orthogonal.
+          observation: The energy gradient S, (..., n_in, r); of a basis that is no
+            array, what it observes.
+          step: int32 scalar, optimizer steps taken so far; or `WARM_START`, which is
+            never a traced value.
           key: A PRNG key for this basis and step.
         """
-        ...
+        raise NotImplementedError
 
+    def due(self, step: Array) -> Array:
+        """Whether the basis wants `passes` renewals from the batch of this step."""
+        del step
+        return jnp.asarray(False)
 
-def orthonormalise(a: Array) -> Array:
-    """The Q of a QR factorisation with positive diagonal, by CholeskyQR applied twice.
-
-    Matrix products and an r x r Cholesky factor only, batched over leading axes: the
-    same Q as Householder's to rounding, so the columns keep their order and alignment,
-    but quick to compile and to run on GPU and TPU.
-
-    Args:
-      a: (..., n, r) float32 with r <= n and condition number below about 1e3.
-
-    Returns:
-      (..., n, r) float32 with orthonormal columns.
-
-    Example:
-      >>> q = orthonormalise(jnp.ones((3, 2)) + jnp.eye(3, 2))
-      >>> bool(jnp.allclose(q.T @ q, jnp.eye(2), atol=1e-6))
-      True
-
-    Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm".
-    """
-    for _ in range(2):
-        gram = jnp.matmul(a.mT, a, precision=_EXACT)
-        inverse = batched_linalg(_inverse_cholesky, gram)
-        a = jnp.matmul(a, inverse.mT, precision=_EXACT)
-    return a
-
-
-def _inverse_cholesky(gram: Array) -> Array:
-    """L^-1 for gram = L L^T, (..., r, r)."""
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    # Keeps the factor real where columns are nearly dependent; as small as the rounding
-    # of the Gram matrix, and the second pass removes what it leaves.
-    shift = jnp.finfo(gram.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
-    lower = jnp.linalg.cholesky(gram + shift[..., None, None] * eye)
-    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-
-
-def polar(a: Array) -> Array:
-    """The orthonormal basis nearest to `a`, (..., n, r): `a (a^T a)^(-1/2)`.
-
-    It keeps every column as close as it can to where it was, and so aligns with nothing.
-    """
-    gram = jnp.matmul(a.mT, a, precision=_EXACT)
-    values, vectors = batched_linalg(jnp.linalg.eigh, gram)
-    root = (vectors / jnp.sqrt(values)[..., None, :]) @ vectors.mT
-    return jnp.matmul(a, root, precision=_EXACT)
-
-
-def motion(new: Array, old: Array) -> Array:
-    """R = P_new^T P_old, (..., r, r) float32; exactly I where the basis stood still."""
-    overlap = jnp.matmul(
-        new.astype(jnp.float32).mT, old.astype(jnp.float32), precision=_EXACT
-    )
-    stood = jnp.all(new == old, axis=(-2, -1), keepdims=True)
-    return jnp.where(stood, jnp.eye(new.shape[-1], dtype=jnp.float32), overlap)
-
-
-def _random_basis(key: Array, shape: tuple[int, ...]) -> Array:
-    """A Haar-distributed basis per leading index."""
-    return orthonormalise(jax.random.normal(key, shape, jnp.float32))
+    def check(self, n_in: int, rank: int) -> None:
+        """Raises ValueError if there is no such basis: 'rank 17, but ...'."""
+        if rank > n_in:
+            raise ValueError(f"rank {rank}, but it has only {n_in} input features")
 
 
 # A column that captures less than this share of the mean moves as if it captured so much.
@@ -124,7 +84,7 @@ def _scale_free(basis: Array, observation: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Oja:
+class Oja(Tracker):
     """Follows the principal subspace of the activations, a little every step.
 
     One step of orthogonal iteration, relaxed by the old basis:
@@ -166,7 +126,7 @@ class Oja:
             )
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Array:
-        return _random_basis(key, shape)
+        return draw(key, shape)
 
     def update(
         self, basis: Array, observation: Array, step: Array, key: Array
@@ -194,14 +154,23 @@ class Oja:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Tracker):
     """A new random basis every `interval` steps; it observes nothing.
 
-    Source: RSO (arXiv 2502.07222) and CompAct (arXiv 2410.15352) draw Gaussian ones;
-    these are orthonormal.
+    Attributes:
+      interval: Optimizer steps between two bases.
+      kind: Distribution, as in `oasis_jax.bases.draw`.
+      stored: Keep the basis; else only its seed, and draw it wherever it is used.
+      shared: One basis for all kernels of an input, so that its coefficients are saved
+        once; else one each (which takes a seed: `stored=False`).
+
+    Source: RSO (arXiv 2502.07222) and CompAct (arXiv 2410.15352).
     """
 
     interval: int = 50
+    kind: Draw = "haar"
+    stored: bool = True
+    shared: bool = True
     name: ClassVar[str] = "random"
 
     def __post_init__(self):
@@ -209,25 +178,35 @@ class Random:
             raise ValueError(
                 f"random: interval is {self.interval}, expected at least 1"
             )
+        if self.kind not in ("haar", "gaussian"):
+            raise ValueError(
+                f"random: kind is {self.kind!r}, expected 'haar' or 'gaussian'"
+            )
+        if self.stored and not self.shared:
+            raise ValueError("random: a basis of its own per kernel needs stored=False")
 
-    def init(self, key: Array, shape: tuple[int, ...]) -> Array:
-        return _random_basis(key, shape)
+    def init(self, key: Array, shape: tuple[int, ...]) -> Basis:
+        if self.stored:
+            return draw(key, shape, self.kind)
+        *batch, n_in, rank = shape
+        # float32 counts exactly to 2^24, which leaves room for 2^23 renewals.
+        seeds = jax.random.randint(key, batch, 0, 2**23).astype(jnp.float32)
+        return Seeded(seeds, n_in, rank, self.kind)
 
-    def update(
-        self, basis: Array, observation: Array, step: Array, key: Array
-    ) -> Array:
+    def update(self, basis: Any, observation: Any, step: Array, key: Array) -> Any:
         del observation
-        step = jnp.asarray(step)
-        due = (step >= 0) & ((step + 1) % self.interval == 0)
+        due = _every(self.interval, step)
+        if isinstance(basis, Seeded):
+            return replace(basis, seed=basis.seed + due)
         return jax.lax.cond(
             due,
-            lambda: _random_basis(key, basis.shape).astype(basis.dtype),
+            lambda: draw(key, basis.shape, self.kind).astype(basis.dtype),
             lambda: basis,
         )
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Tracker):
     """The first batch's principal subspace, if there is a warm start; then it stays.
 
     Without a warm start it is a random subspace that never moves.
@@ -237,16 +216,229 @@ class Fixed:
     name: ClassVar[str] = "fixed"
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Array:
-        return _random_basis(key, shape)
+        return draw(key, shape)
 
     def update(
         self, basis: Array, observation: Array, step: Array, key: Array
     ) -> Array:
-        return jax.lax.cond(
-            jnp.asarray(step) == WARM_START,
-            lambda: Oja(first=self.first).update(basis, observation, step, key),
-            lambda: basis,
-        )
+        if not _renews(step):
+            return basis
+        return Oja(first=self.first).update(basis, observation, step, key)
 
 
-TRACKERS: dict[str, type] = {t.name: t for t in (Oja, Random, Fixed)}
+@dataclass(frozen=True)
+class Svd(Tracker):
+    """The leading right singular vectors of the activations, renewed every `interval`.
+
+    A renewal is `passes` block power iterations with a Rayleigh-Ritz rotation each, on
+    the batch of that step. Each costs a forward pass and converges by the ratio of the
+    squared singular values on either side of the rank.
+
+    Attributes:
+      interval: Optimizer steps between renewals.
+
+    Source: PRAC (arXiv 2602.23111), which takes the SVD of the input itself.
+    """
+
+    interval: int = 500
+    name: ClassVar[str] = "svd"
+    passes: ClassVar[int] = 8
+
+    def __post_init__(self):
+        if self.interval < 1:
+            raise ValueError(f"svd: interval is {self.interval}, expected at least 1")
+
+    def init(self, key: Array, shape: tuple[int, ...]) -> Array:
+        return draw(key, shape)
+
+    def update(
+        self, basis: Array, observation: Array, step: Array, key: Array
+    ) -> Array:
+        del key
+        return _power_iteration(basis, observation) if _renews(step) else basis
+
+    def due(self, step: Array) -> Array:
+        return step % self.interval == 0
+
+
+# What is left of the old basis in a power iteration: it keeps columns apart where the
+# activations have no energy, and costs a hundredth of the convergence.
+_MEMORY = 0.01
+
+
+def _power_iteration(basis: Array, observation: Array) -> Array:
+    """One block power iteration, its columns in order of the energy they capture.
+
+    In the Ritz basis P^T S is diagonal, so no column of S holds a multiple of another's
+    direction, and each can be brought to unit length however little it captures.
+    """
+    p, s = basis.astype(jnp.float32), observation.astype(jnp.float32)
+    overlap = p.mT @ s
+    _, vectors = batched_linalg(jnp.linalg.eigh, (overlap + overlap.mT) / 2)
+    # Strongest first; an eigenvector has no sign, so its largest entry gets the plus.
+    largest = jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True)
+    signs = jnp.sign(jnp.take_along_axis(vectors, largest, axis=-2))
+    rotation = (signs * vectors)[..., ::-1]
+    p, s = p @ rotation, s @ rotation
+    lengths = jnp.linalg.norm(s, axis=-2, keepdims=True)
+    unit = jnp.where(lengths > 0, s / jnp.where(lengths > 0, lengths, 1), 0)
+    return orthonormalise(_MEMORY * p + unit).astype(basis.dtype)
+
+
+@dataclass(frozen=True)
+class Complement(Tracker):
+    """A tracked principal part, and random directions of what it leaves out.
+
+    P = [Q1, c Q2]: Q1, (n_in, r1), moves as `principal` says; Q2, (n_in, r2), is uniform
+    among the bases of subspaces orthogonal to Q1. With `unbiased`, c^2 = k =
+    (n_in - r1) / r2, and then the mean of X P P^T over Q2 is X; else c = 1.
+
+    Attributes:
+      principal: Tracker of Q1.
+      share: r1 / r.
+      interval: Optimizer steps between two Q2; it is drawn anew with a renewed Q1 too,
+        and turned just enough to stay orthogonal to one that moves.
+      unbiased: Whether Q2 is scaled.
+
+    Source: PRAC (arXiv 2602.23111), equations of the compression and theorem 6; that Q1
+    may move at every step is ours.
+    """
+
+    principal: Tracker = Oja()
+    share: float = 0.5
+    interval: int = 20
+    unbiased: bool = False
+    name: ClassVar[str] = "complement"
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(
+                f"complement: share is {self.share}, expected between 0 and 1"
+            )
+        if self.interval < 1:
+            raise ValueError(
+                f"complement: interval is {self.interval}, expected at least 1"
+            )
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        return self.principal.passes
+
+    def due(self, step: Array) -> Array:
+        return self.principal.due(step)
+
+    def check(self, n_in: int, rank: int) -> None:
+        super().check(n_in, rank)
+        if not 0 < self._split(rank) < rank:
+            raise ValueError(
+                f"rank {rank}, which leaves no column for a part at share {self.share}"
+            )
+
+    def _split(self, rank: int) -> int:
+        return round(self.share * rank)
+
+    def _lengths(self, n_in: int, rank: int) -> Array:
+        r1 = self._split(rank)
+        c = np.sqrt((n_in - r1) / (rank - r1)) if self.unbiased else 1.0
+        return jnp.concatenate([jnp.ones(r1), jnp.full(rank - r1, c, jnp.float32)])
+
+    def init(self, key: Array, shape: tuple[int, ...]) -> Array:
+        return draw(key, shape) * self._lengths(*shape[-2:])
+
+    def update(
+        self, basis: Array, observation: Array, step: Array, key: Array
+    ) -> Array:
+        *_, n_in, rank = basis.shape
+        r1, lengths = self._split(rank), self._lengths(n_in, rank)
+        # S = X^T X P / N, so its columns have P's lengths.
+        p, s = basis / lengths, observation / lengths
+        ours, theirs = jax.random.split(key)
+        if _renews(step):
+            # The random columns serve as the iteration's oversampling.
+            q1 = self.principal.update(p, s, step, theirs)[..., :r1]
+            due = jnp.asarray(True)
+        else:
+            q1 = self.principal.update(p[..., :r1], s[..., :r1], step, theirs)
+            due = _every(self.interval, step)
+
+        def rest() -> Array:
+            fresh = jax.random.normal(ours, (*p.shape[:-1], rank - r1), p.dtype)
+            q2 = jnp.where(due, fresh / np.sqrt(n_in), p[..., r1:])
+            q2 -= q1 @ (q1.mT @ q2)
+            q = orthonormalise(jnp.concatenate([q1, q2], axis=-1))
+            # Twice, since where P is nearly square little of a random Q2 is left.
+            return orthonormalise(q) * lengths
+
+        moved = due | jnp.any(q1 != p[..., :r1])
+        return jax.lax.cond(moved, rest, lambda: basis).astype(basis.dtype)
+
+
+@dataclass(frozen=True)
+class BlockMean(Tracker):
+    """The mean sub-token, of unit length, shared by all blocks; rank is their number.
+
+    Attributes:
+      average: Of which batch: 'once', the first one; 'batch', each one; or a number a
+        in (0, 1), the running mean normalise(a v + (1 - a) mean).
+      scale: Multiplies the gradients of its kernels.
+
+    Source: VeLoRA (arXiv 2405.17991).
+    """
+
+    average: float | Literal["once", "batch"] = "once"
+    scale: float = 1.0
+    name: ClassVar[str] = "block_mean"
+    passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        if self.average not in ("once", "batch") and not (
+            isinstance(self.average, float) and 0 < self.average < 1
+        ):
+            raise ValueError(
+                f"block_mean: average is {self.average!r}, expected 'once', 'batch' or"
+                " a number between 0 and 1"
+            )
+
+    def check(self, n_in: int, rank: int) -> None:
+        if n_in % rank:
+            raise ValueError(
+                f"{rank} groups, which do not divide its {n_in} input features"
+            )
+
+    def init(self, key: Array, shape: tuple[int, ...]) -> Blocks:
+        del key
+        *batch, n_in, groups = shape
+        return Blocks(jnp.zeros((*batch, n_in // groups)), groups, self.scale)
+
+    def update(
+        self, basis: Blocks, observation: Blocks, step: Array, key: Array
+    ) -> Blocks:
+        del key
+        old, mean = basis.vector, observation.vector
+        if not isinstance(self.average, str):
+            mean = self.average * old + (1 - self.average) * mean
+        length = jnp.linalg.norm(mean, axis=-1, keepdims=True)
+        known = jnp.any(old != 0, axis=-1, keepdims=True)
+        # Only from a whole batch, or, if nobody asked for a renewal, at once.
+        wanted = (_renews(step) | ~known) & (length > 0)
+        new = jnp.where(wanted, mean / jnp.where(length > 0, length, 1), old)
+        return replace(basis, vector=new)
+
+    def due(self, step: Array) -> Array:
+        return step == 0 if self.average == "once" else jnp.asarray(True)
+
+
+def _renews(step: Array | int) -> bool:
+    """Whether an update is part of a renewal."""
+    return not isinstance(step, jax.core.Tracer) and int(step) == WARM_START
+
+
+def _every(interval: int, step: Array | int) -> Array:
+    """Whether the step after this one begins a new interval."""
+    step = jnp.asarray(step)
+    return (step >= 0) & ((step + 1) % interval == 0)
+
+
+TRACKERS: dict[str, type[Any]] = {
+    t.name: t for t in (Oja, Random, Fixed, Svd, Complement, BlockMean)
+}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from oasis_jax.bases import orthonormalise
 from oasis_jax.compat import saved_residuals
 from oasis_jax.dense import projected_dense
-from oasis_jax.trackers import orthonormalise
 
 SHAPES = {
     # leading axes, n_in, n_outs, rank

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from oasis_jax import OasisTrainState, Rule, oasis_adam
+from oasis_jax.methods import LINEAR
 from oasis_jax.models import llama
 from oasis_jax.models.llama import Block, Llama, LlamaConfig, RMSNorm, token_losses
 from oasis_jax.paths import flatten_paths
@@ -40,7 +41,7 @@ def projected(config=SMALL):
         apply_fn=model.apply,
         **variables,
         tx=optax.chain(oasis_adam(1e-2)),
-        rules=[Rule(llama.PROJECTED, 0.5)],
+        rules=[Rule(LINEAR, 0.5)],
     )
 
 

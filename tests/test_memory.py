@@ -22,11 +22,12 @@ def build(name: str, rank: float = 0.125, remat: str = "elementwise"):
         logits = model.apply(variables, tokens[:, :-1])
         return jnp.mean(llama.token_losses(logits, tokens[:, 1:]))
 
+    recipe = method(name, rank=rank)
     state = OasisTrainState.create(
         apply_fn=model.apply,
         **model.init(jax.random.key(0), tokens[:, :-1]),
-        tx=method(name).optimizer(1e-3),
-        rules=method(name).rules(llama.PROJECTED, rank),
+        tx=recipe.optimizer(1e-3),
+        rules=recipe.rules,
     )
     return state, loss_fn, tokens
 

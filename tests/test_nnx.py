@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from oasis_jax import Fixed, Rule, oasis_adam
+from oasis_jax import Fixed, Rule, method, oasis_adam
 from oasis_jax.nnx import OasisLinear, OasisOptimizer, Subspace
 
 OPTIONS = {
@@ -169,3 +169,58 @@ def test_optimizer_must_lift():
 def test_subspace_is_a_variable_of_its_own():
     model = Net(OasisLinear, nnx.Rngs(0))
     assert set(nnx.to_pure_dict(nnx.state(model, Subspace))) == {"layers"}
+
+
+@pytest.mark.parametrize("name", ["prac", "velora", "compact", "rso", "lora"])
+def test_other_methods_train(name):
+    """Bases renewed from a batch, held as a seed or a vector, and adapters."""
+    options = {"prac": dict(nonlinear=0.0), "velora": dict(groups=4)}
+    recipe = method(name, pattern="layers", **options.get(name, {}))
+    model = Net(OasisLinear, nnx.Rngs(0))
+    optimizer = OasisOptimizer(model, recipe.optimizer(1e-2), rules=recipe.rules)
+    start = jax.device_get(model.layers[1].projection.get_value())
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        optimizer.refresh(model, loss_fn, x, y)
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, x, y)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer, *data())) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert model.norm.mean[...].any()  # what the loss changes in the model is kept
+    if name in ("prac", "velora"):
+        now = model.layers[1].projection.get_value()
+        moved = jax.tree.map(lambda a, b: (a != b).any(), start.basis, now.basis)
+        assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("name", ["galore", "osd", "ldadam"])
+def test_gradient_side_methods_need_no_layer_of_ours(name):
+    """Under `nnx.Optimizer`, the same losses as in a plain loop over a dictionary."""
+    x, y = data()
+    tx = method(name, rank=4, pattern="kernel$").optimizer(1e-2)
+    model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    params = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    state = tx.init(params)
+
+    @nnx.jit
+    def theirs(model, optimizer):
+        loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
+        optimizer.update(model, grads)
+        return loss
+
+    @jax.jit
+    def ours(params, state):
+        def loss(params):
+            return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return value, optax.apply_updates(params, updates), state
+
+    for _ in range(4):
+        expected, params, state = ours(params, state)
+        np.testing.assert_allclose(theirs(model, optimizer), expected, rtol=1e-5)

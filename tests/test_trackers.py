@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oasis_jax.bases import Blocks, motion, orthonormalise, polar
 from oasis_jax.trackers import (
     WARM_START,
+    BlockMean,
+    Complement,
     Fixed,
     Oja,
     Random,
-    motion,
-    orthonormalise,
-    polar,
+    Svd,
 )
 
 KEY = jax.random.key(0)
@@ -177,6 +178,132 @@ def test_motion():
     np.testing.assert_allclose(r[1], new[1].T @ old[1], atol=1e-6)
 
 
+def test_gaussian_bases_are_drawn_like_that():
+    """At the start and at every renewal: entries of variance 1/r."""
+    tracker = Random(1, "gaussian")
+    start = tracker.init(KEY, (200, 40))
+    moved = tracker.update(start, start, jnp.int32(0), jax.random.key(1))
+    for basis in (start, moved):
+        np.testing.assert_allclose(jnp.mean(basis**2), 1 / 40, rtol=0.1)
+        assert orthonormality(basis) > 0.1
+
+
+def test_a_seed_moves_by_one():
+    """Per interval, in every layer alike; layers begin with seeds of their own."""
+    tracker = Random(3, stored=False)
+    basis = start = tracker.init(KEY, (4, 12, 5))
+    assert basis.shape == (4, 12, 5) and len(set(start.seed.tolist())) == 4
+    for step in range(7):
+        np.testing.assert_array_equal(basis.seed, start.seed + step // 3)
+        basis = tracker.update(basis, None, jnp.int32(step), KEY)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("principal", [Oja(), Svd()], ids=lambda t: t.name)
+def test_complement_stays_orthogonal(principal, unbiased):
+    """Also while its principal part moves; the random one is turned, not drawn, then."""
+    tracker = Complement(principal, 0.5, 3, unbiased)
+    sigma, _ = covariance(16)
+    update = jax.jit(tracker.update)
+    basis = tracker.init(KEY, (2, 16, 6))
+    c = np.sqrt(13 / 3) if unbiased else 1.0
+    gram = np.diag([1, 1, 1, *[c**2] * 3])
+    for step in range(9):
+        old = basis
+        key = jax.random.fold_in(KEY, step)
+        basis = update(basis, sigma @ basis, jnp.int32(step), key)
+        np.testing.assert_allclose(
+            basis.mT @ basis, np.broadcast_to(gram, (2, 6, 6)), atol=1e-4
+        )
+        kept = jnp.sum((basis[..., 3:].mT @ old[..., 3:]) ** 2) / (6 * c**4)
+        if (step + 1) % 3 == 0:
+            assert kept < 0.7
+        elif principal == Svd():
+            np.testing.assert_array_equal(basis, old)
+        elif step > 3:
+            assert 0.8 < kept < 1
+
+
+@pytest.mark.parametrize("tracker", [Svd(5), Complement(Svd(5))], ids=lambda t: t.name)
+def test_svd_is_due_at_its_interval(tracker):
+    assert tracker.passes == Svd.passes
+    due = [bool(tracker.due(jnp.int32(step))) for step in range(11)]
+    assert due == [step % 5 == 0 for step in range(11)]
+
+
+@pytest.mark.parametrize("tracker", [Oja(), Random(2), Fixed(), Complement()], ids=str)
+def test_others_never_ask_for_a_batch(tracker):
+    assert tracker.passes == 0 and not tracker.due(jnp.int32(0))
+
+
+def test_svd_keeps_columns_apart_without_energy():
+    """Of nothing, and of one direction, it makes a whole basis."""
+    for x in (jnp.zeros((5, 12)), jnp.ones((5, 12))):
+        basis = Svd().init(KEY, (12, 4))
+        for _ in range(Svd.passes):
+            basis = Svd().update(basis, x.T @ (x @ basis), WARM_START, KEY)
+        assert orthonormality(basis) < 1e-4
+    np.testing.assert_allclose(jnp.abs(basis[:, 0]), 12**-0.5, atol=1e-4)
+
+
+def unit(v):
+    return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("average", ["once", "batch", 0.75])
+def test_block_mean(average):
+    """By hand, over two layers: when it is renewed, and what of."""
+    tracker = BlockMean(average, scale=1.5)
+    basis = tracker.init(KEY, (2, 12, 3))
+    assert basis.shape == (2, 12, 3) and basis.scale == 1.5
+    means = np.random.default_rng(0).normal(size=(4, 2, 4)).astype(np.float32)
+    expected = None
+    for step, mean in enumerate(means):
+        seen = Blocks(jnp.asarray(mean), 3, 1.5)
+        due = bool(tracker.due(jnp.int32(step)))
+        assert due == (step == 0 or average != "once")
+        if due:
+            if average == 0.75 and step:
+                mean = 0.75 * expected + 0.25 * mean
+            expected = unit(mean)
+            basis = tracker.update(basis, seen, WARM_START, KEY)
+        np.testing.assert_allclose(basis.vector, expected, atol=1e-6)
+        # The step itself moves nothing, bit for bit.
+        same = tracker.update(basis, seen, jnp.int32(step), KEY)
+        np.testing.assert_array_equal(same.vector, basis.vector)
+
+
+def test_block_mean_of_nothing():
+    """A mean of zero leaves v as it is; the first step finds it if nobody asked."""
+    tracker = BlockMean("batch")
+    unknown = tracker.init(KEY, (12, 3))
+    zero = Blocks(jnp.zeros(4), 3)
+    np.testing.assert_array_equal(
+        tracker.update(unknown, zero, WARM_START, KEY).vector, np.zeros(4)
+    )
+    seen = Blocks(jnp.array([3.0, 0, 4, 0]), 3)
+    known = tracker.update(unknown, seen, jnp.int32(0), KEY)
+    np.testing.assert_allclose(known.vector, [0.6, 0, 0.8, 0], atol=1e-7)
+    np.testing.assert_array_equal(
+        tracker.update(known, zero, WARM_START, KEY).vector, known.vector
+    )
+
+
+@pytest.mark.parametrize(
+    "tracker, sentence",
+    [
+        (Oja(), "rank 13, but it has only 12 input features"),
+        (Complement(share=0.01), "leaves no column for a part at share 0.01"),
+        (BlockMean(), "13 groups, which do not divide its 12 input features"),
+    ],
+    ids=lambda t: getattr(t, "name", ""),
+)
+def test_ranks_that_cannot_be(tracker, sentence):
+    rank = 4 if tracker.name == "complement" else 13
+    with pytest.raises(ValueError, match=sentence):
+        tracker.check(12, rank)
+
+
 def test_no_householder_on_the_hot_path():
     basis = Oja().init(KEY, (2, 12, 4))
     jaxpr = str(jax.make_jaxpr(Oja().update)(basis, basis, 0, KEY))
@@ -195,6 +322,13 @@ def test_equal_settings_are_equal():
         (lambda: Oja(axes="rows"), "axes is 'rows'"),
         (lambda: Oja(rate=0.0), "rate 0.0"),
         (lambda: Random(0), "interval is 0, expected at least 1"),
+        (lambda: Random(kind="uniform"), "kind is 'uniform', expected 'haar'"),
+        (lambda: Random(shared=False), "per kernel needs stored=False"),
+        (lambda: Svd(0), "svd: interval is 0, expected at least 1"),
+        (lambda: Complement(share=1.0), "share is 1.0, expected between 0 and 1"),
+        (lambda: Complement(interval=0), "complement: interval is 0"),
+        (lambda: BlockMean("ever"), "average is 'ever', expected 'once', 'batch'"),
+        (lambda: BlockMean(1.0), "average is 1.0"),
     ],
 )
 def test_bad_settings(make, sentence):

@@ -22,13 +22,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from oasis_jax.linen import OasisDense, shared_dense
+from oasis_jax.linen import OasisDense, input_projection, shared_dense
+from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
 from oasis_jax.subspace import COLLECTION
 
 REMAT = ("none", "elementwise", "block")
-
-PROJECTED = "attn/|mlp/"
-"""The C4 benchmark's choice of what to project: every kernel of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,16 @@ class RMSNorm(nn.Module):
         scale = self.param(
             "scale", nn.initializers.ones, x_BTD.shape[-1:], self.config.param_dtype
         )
+        place = input_projection(self, "input", x_BTD.shape[-1])
+        if place.active:
+            return compressed_rms_norm(
+                x_BTD,
+                scale,
+                place.basis,
+                place.energy,
+                eps=self.config.norm_eps,
+                stride=place.stride,
+            )
         return _maybe_recompute(_rms_norm, self.config)(
             x_BTD, scale, eps=self.config.norm_eps
         )
@@ -161,7 +169,20 @@ class MLP(nn.Module):
             {"gate_proj": c.hidden, "up_proj": c.hidden},
             **_dense_options(c),
         )
-        hidden = _maybe_recompute(_swiglu, c)(gate, up)
+        places = [
+            input_projection(self, site, c.hidden)
+            for site in ("swiglu_gate", "swiglu_up")
+        ]
+        if all(place.active for place in places):
+            hidden = compressed_swiglu(
+                gate,
+                up,
+                *(place.basis for place in places),
+                *(place.energy for place in places),
+                stride=places[0].stride,
+            )
+        else:
+            hidden = _maybe_recompute(_swiglu, c)(gate, up)
         return OasisDense(c.width, name="down_proj", **_dense_options(c))(hidden)
 
 
