@@ -1,29 +1,49 @@
 """Full-parameter training in an online-learned activation subspace (arXiv 2604.09406)."""
 
 from oasis_jax.dense import projected_dense
+from oasis_jax.gradient_side import galore, ldadam, osd
 from oasis_jax.lift import lift
+from oasis_jax.lora import Lora
+from oasis_jax.methods import METHODS, method
 from oasis_jax.optimizer import oasis_adam, scale_by_oasis_adam
 from oasis_jax.select import Rule, select
 from oasis_jax.state import Diagnostics, Gradients, OasisTrainState
 from oasis_jax.subspace import COLLECTION, Projection
-from oasis_jax.trackers import Fixed, Oja, Random, Tracker
+from oasis_jax.trackers import (
+    BlockMean,
+    Complement,
+    Fixed,
+    Oja,
+    Random,
+    Svd,
+    Tracker,
+)
 from oasis_jax.transport import carry, keep, reset
 
 __all__ = [
     "COLLECTION",
+    "METHODS",
+    "BlockMean",
+    "Complement",
     "Diagnostics",
     "Fixed",
     "Gradients",
+    "Lora",
     "OasisTrainState",
     "Oja",
     "Projection",
     "Random",
     "Rule",
+    "Svd",
     "Tracker",
     "carry",
+    "galore",
     "keep",
+    "ldadam",
     "lift",
+    "method",
     "oasis_adam",
+    "osd",
     "projected_dense",
     "reset",
     "scale_by_oasis_adam",
