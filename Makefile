@@ -22,7 +22,7 @@ check: setup
 	$(BIN)/mypy oasis_jax train
 
 test: setup check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -35,7 +35,7 @@ class Config:
 
 
 def measure(config: Config, name: str, rank: float | None, remat: str) -> dict:
-    row = method(name)
+    recipe = method(name, rank=rank)
     model = llama.Llama(
         llama.preset(config.preset, remat=remat, dtype=jnp.dtype(config.dtype))
     )
@@ -50,8 +50,8 @@ def measure(config: Config, name: str, rank: float | None, remat: str) -> dict:
         return OasisTrainState.create(
             apply_fn=model.apply,
             **model.init(jax.random.key(0), zeros[:, :-1]),
-            tx=row.optimizer(1e-3),
-            rules=row.rules(llama.PROJECTED, rank or 1.0),
+            tx=recipe.optimizer(1e-3),
+            rules=recipe.rules,
         )
 
     def step(state, tokens):

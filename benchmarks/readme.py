@@ -51,6 +51,21 @@ def quality() -> str:
     )
 
 
+def methods() -> str:
+    rows = _load("methods.json")
+    config = rows[0]["config"]
+    return (
+        f"Validation loss (nats per byte, token-weighted) of {config['preset']} after"
+        f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
+        f" {Path(config['data'] or 'the standard library').name}, each method with its"
+        f" published defaults (`python -m train methods`) at its best of three learning"
+        f" rates, seed {rows[0]['seeds'][0]}; bytes counted from the compiled step"
+        f" ({_machine(rows[0]['machine'])}):\n\n"
+        + compare_markdown(rows)
+        + "\n![Loss and memory of the methods](benchmarks/results/methods.png)"
+    )
+
+
 def step() -> str:
     result = _load("step_cpu.json")
     config = result["configuration"]
@@ -98,6 +113,7 @@ def memory() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "first run": first_run,
     "quality": quality,
+    "methods": methods,
     "step": step,
     "memory": memory,
 }

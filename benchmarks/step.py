@@ -49,7 +49,7 @@ class Config:
 
 def prepare(config: Config, name: str):
     """The compiled step of a method, its first state and what it needs."""
-    row = method(name)
+    recipe = method(name, rank=config.rank, stride=config.stride)
     model = llama.Llama(
         llama.preset(
             config.preset,
@@ -71,8 +71,8 @@ def prepare(config: Config, name: str):
     state = OasisTrainState.create(
         apply_fn=model.apply,
         **variables,
-        tx=optax.chain(optax.clip_by_global_norm(1.0), row.optimizer(1e-3)),
-        rules=row.rules(llama.PROJECTED, config.rank, config.stride),
+        tx=optax.chain(optax.clip_by_global_norm(1.0), recipe.optimizer(1e-3)),
+        rules=recipe.rules,
     )
 
     def step(state, tokens):

@@ -6,13 +6,14 @@ from typing import Annotated
 import tyro
 
 from oasis_jax.checkpoints import CheckpointError
-from train import compare, pretrain
-from train.config import Compare, Pretrain, UserError
+from train import compare, methods, pretrain
+from train.config import Compare, Methods, Pretrain, UserError
 from train.text import DataError
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Methods, tyro.conf.subcommand("methods")]
 )
 
 
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(Command, args=argv, prog="python -m train")
         if isinstance(config, Compare):
             return compare.main(config)
+        if isinstance(config, Methods):
+            return methods.main(config)
         return pretrain.main(config)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

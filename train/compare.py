@@ -8,16 +8,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 from rich.console import Console
 
-from oasis_jax.methods import method
+from oasis_jax.methods import METHODS, row
 from train import report
-from train.config import Compare, Pretrain, UserError, parse_rank
+from train.config import METHOD_OPTIONS, Compare, Pretrain, UserError, differences
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,17 @@ class Trial:
     """One method at one learning rate with one seed."""
 
     label: str  # as given: 'oasis' or 'oasis:0.5'
-    lr: float
+    lr: float  # as given
     seed: int
 
     @property
+    def rate(self) -> float:
+        """The learning rate it trains with: as given, times its method's factor."""
+        return self.lr * row(self.label.partition(":")[0]).rate
+
+    @property
     def name(self) -> str:
-        return f"{self.label.replace(':', '-r')}-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.label.replace(':', '-r')}-lr{self.rate:g}-seed{self.seed}"
 
 
 def run(config: Compare, *, console: Console | None = None) -> list[dict[str, Any]]:
@@ -42,13 +47,7 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
     """
     console = console or report.console()
     labels = _split(config.methods)
-    for label in labels:
-        name, _, rank = label.partition(":")
-        try:
-            method(name)
-        except ValueError as error:
-            raise UserError(f"--methods: {error}") from None
-        parse_rank(rank or config.rank)
+    _check_methods(config, labels)
     rates, seeds = _numbers(config, "lrs", float), _numbers(config, "seeds", int)
     _claim(config)
 
@@ -73,7 +72,36 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
     return rows
 
 
+def _check_methods(config: Compare, labels: Sequence[str]) -> None:
+    """Refuses what would make a trial fail before it begins."""
+    known = set()
+    for label in labels:
+        name = label.partition(":")[0]
+        try:
+            known |= set(row(name).options)
+        except ValueError as error:
+            raise UserError(f"--methods: {error}") from None
+        replace(config, **_settings(config, label)).recipe()
+    for option in METHOD_OPTIONS:
+        if getattr(config, option) is not None and option not in known:
+            whose = [n for n, m in METHODS.items() if option in m.options]
+            raise UserError(
+                f"--{option.replace('_', '-')} is an option of {', '.join(whose)}, and"
+                f" --methods {config.methods} has none of them"
+            )
+
+
+def _settings(config: Compare, label: str) -> dict[str, Any]:
+    """What of a trial's options depends on its label."""
+    name, _, rank = label.partition(":")
+    own = row(name).options
+    others = {o: None for o in METHOD_OPTIONS if o not in own}
+    return others | dict(method=name, rank=rank or config.rank)
+
+
 def _split(text: str) -> list[str]:
+    if text.strip() == "all":
+        return [name for name, method in METHODS.items() if not method.ablation]
     names = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(names)) != len(names) or not names:
         raise UserError(f"--methods is {text!r}, expected distinct names")
@@ -100,14 +128,11 @@ def _claim(config: Compare) -> None:
     marker = config.out / "compare_config.json"
     if not marker.exists():
         raise UserError(f"--out {config.out} holds something that is not a comparison")
-    saved, mine = json.loads(marker.read_text()), _common(config)
-    changed = [
-        f"--{k} was {saved[k]} and is {mine[k]}" for k in mine if saved[k] != mine[k]
-    ]
+    changed = differences(json.loads(marker.read_text()), _common(config))
     if changed:
         raise UserError(
-            f"--out {config.out} holds a comparison with other options:"
-            f" {'; '.join(changed)}; choose another --out"
+            f"--out {config.out} holds a comparison with other options: {changed};"
+            " choose another --out"
         )
 
 
@@ -146,7 +171,7 @@ def _run_all(
             shares.put(share)
         loss = summary["val_loss"]
         outcome = "diverged" if loss is None else f"validation loss {loss:.4f}"
-        console.print(f"{trial.label}  lr {trial.lr:g}  seed {trial.seed}  {outcome}")
+        console.print(f"{trial.label}  lr {trial.rate:g}  seed {trial.seed}  {outcome}")
         return summary
 
     with ThreadPoolExecutor(config.jobs) as pool:
@@ -178,14 +203,14 @@ def _run_one(config: Compare, trial: Trial) -> dict[str, Any]:
 
 def _command(config: Compare, trial: Trial, out: Path) -> list[str]:
     """The command line of a trial, as a person would type it."""
-    name, _, rank = trial.label.partition(":")
     options = {f.name: getattr(config, f.name) for f in fields(Pretrain)}
-    options |= dict(method=name, lr=trial.lr, seed=trial.seed, out=out)
-    options |= dict(rank=rank or config.rank, resume=(out / "checkpoints").is_dir())
+    options |= _settings(config, trial.label)
+    options |= dict(lr=trial.rate, seed=trial.seed, out=out)
+    options |= dict(resume=(out / "checkpoints").is_dir())
     command = [sys.executable, "-m", "train", "pretrain"]
     for option, value in options.items():
         flag = option.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and option not in METHOD_OPTIONS:
             command.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             command.append(f"--{flag}={value}")
@@ -198,10 +223,10 @@ def _diverged(stderr: str) -> bool:
 
 def _diverged_summary(config: Compare, trial: Trial) -> dict[str, Any]:
     keys = "val_tokens tokens_per_s saved_activation_bytes gradient_bytes"
-    keys += " optimizer_state_bytes peak_bytes rank"
+    keys += " optimizer_state_bytes basis_bytes peak_bytes rank"
     return {
         **dict.fromkeys(f"{keys} val_loss step_ms_median".split()),
-        **dict(method=trial.label, lr=trial.lr, seed=trial.seed, curve=[]),
+        **dict(method=trial.label, lr=trial.rate, seed=trial.seed, curve=[]),
     }
 
 
@@ -221,16 +246,17 @@ def _row(
     chosen = [summary for trial, summary in results.items() if trial.lr == best]
     first, losses = chosen[0], [summary["val_loss"] for summary in chosen]
     copied = "val_tokens tokens_per_s step_ms_median saved_activation_bytes"
-    copied += " gradient_bytes optimizer_state_bytes peak_bytes rank curve"
+    copied += " gradient_bytes optimizer_state_bytes basis_bytes peak_bytes rank curve"
     return {
         "method": label,
         "val_loss": None if None in losses else statistics.fmean(losses),
-        "lr": best,
-        **{key: first[key] for key in copied.split()},
+        "lr": first["lr"],
+        **{key: first.get(key) for key in copied.split()},
         "seeds": [s["seed"] for s in chosen],
         "all": [
             {k: summary[k] for k in ("lr", "seed", "val_loss", "curve")}
-            for summary in results.values()
+            | {"nominal_lr": trial.lr}
+            for trial, summary in results.items()
         ],
         "config": first.get("config"),
         "machine": first.get("machine"),

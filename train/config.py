@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oasis_jax.models import llama
+from oasis_jax.methods import METHODS, Recipe, method, row
+
+METHOD_OPTIONS = tuple(dict.fromkeys(o for m in METHODS.values() for o in m.options))
+"""Every option that some method has; each is a field of `Pretrain`."""
 
 
 class UserError(Exception):
@@ -32,10 +35,12 @@ class Pretrain:
     """Sequences per step."""
     seq: int = 128
     """Tokens per sequence."""
-    rank: str = "0.25"
-    """A fraction of each layer's input features (0.25) or a number of columns (64)."""
-    pattern: str = llama.PROJECTED
-    """Regular expression; the kernels whose path it matches are projected."""
+    rank: str | None = None
+    """A fraction of each layer's input features (0.25) or a number of columns (64); the
+    method's own by default."""
+    pattern: str | None = None
+    """Regular expression; the kernels whose path it matches are projected, or adapted.
+    The method's own by default."""
     stride: int = 1
     """The tracker looks at every stride-th token."""
     lr: float = 3e-3
@@ -73,6 +78,39 @@ class Pretrain:
     finite."""
     tensorboard: bool = False
     """Also write TensorBoard event files."""
+    # What follows are options of some methods (python -m train methods).
+    interval: int | None = None
+    """Steps between two bases; by default as published, but at most a tenth of --steps."""
+    random_interval: int | None = None
+    """Of prac: steps between two random complements; by default as --interval."""
+    share: float | None = None
+    """Of prac and oasis-complement: how much of the rank is principal."""
+    unbiased: bool | None = None
+    """Of oasis-complement: scale the random part so that X P P^T is X in the mean."""
+    nonlinear: float | None = None
+    """Of prac: rank of norms' and activation functions' inputs; 0 keeps them whole."""
+    kind: str | None = None
+    """Of rso: gaussian or haar."""
+    proximal: float | None = None
+    """Of rso: eta of the proximal term."""
+    shared: bool | None = None
+    """Of compact: one basis for all kernels of an input."""
+    groups: int | None = None
+    """Of velora: sub-tokens per token."""
+    average: str | None = None
+    """Of velora: once, batch, or the decay of a running mean."""
+    scale: float | None = None
+    """Of galore, osd, compact, velora: multiplies projected updates (gradients)."""
+    out_scale: float | None = None
+    """Of compact: multiplies o_proj's updates on top of --scale."""
+    base: str | None = None
+    """Of galore and osd: adam, lion or adafactor."""
+    rho: float | None = None
+    """Of ldadam: weight of the momentum in the power iteration."""
+    error_feedback: bool | None = None
+    """Of ldadam."""
+    alpha: float | None = None
+    """Of lora: the adapters are scaled by alpha / rank."""
     cache: Path = Path("data")
     """Where prepared tokens are kept."""
     data_dir: str | None = None
@@ -102,7 +140,35 @@ class Pretrain:
                 f"--batch {self.batch} does not divide into --accumulate"
                 f" {self.accumulate} microbatches"
             )
-        parse_rank(self.rank)
+        if self.rank is not None:
+            parse_rank(self.rank)
+        if self.interval is not None:
+            _at_least(self, "interval", 1)
+
+    def recipe(self) -> Recipe:
+        """The method, with its rank, pattern and options.
+
+        Raises:
+          UserError: if there is none of that name, or an option is another method's.
+        """
+        try:
+            published = row(self.method).options
+            options = {name: getattr(self, name) for name in METHOD_OPTIONS}
+            for name in ("interval", "random_interval"):
+                if name in published and options[name] is None:
+                    shortest = max(1, self.steps // 10)
+                    options[name] = min(published[name], self.interval or shortest)
+            if options["average"] not in (None, "once", "batch"):
+                options["average"] = _number("average", options["average"])
+            return method(
+                self.method,
+                pattern=self.pattern,
+                rank=None if self.rank is None else parse_rank(self.rank),
+                stride=self.stride,
+                **options,
+            )
+        except ValueError as error:
+            raise UserError(_as_flags(str(error))) from None
 
     # Fields that may differ between a run and its continuation: where things lie and
     # how often to look, nothing that a number depends on.
@@ -124,17 +190,39 @@ class Pretrain:
         Raises:
           UserError: naming the options that differ, with both values.
         """
-        mine = self.as_dict()
-        changed = [
-            f"--{name} was {saved[name]} and is {mine[name]}"
-            for name in mine
-            if name not in self._FREE and name in saved and saved[name] != mine[name]
-        ]
+        mine = {k: v for k, v in self.as_dict().items() if k not in self._FREE}
+        changed = differences(saved, mine)
         if changed:
             raise UserError(
-                f"cannot resume {self.out}: {'; '.join(changed)};"
+                f"cannot resume {self.out}: {changed};"
                 " repeat the options of that run, or choose another --out"
             )
+
+
+def differences(saved: dict[str, Any], mine: dict[str, Any]) -> str:
+    """Which options were saved with another value than they have now, and both."""
+
+    def shown(value: Any) -> Any:
+        return "not given" if value is None else value
+
+    return "; ".join(
+        f"--{name.replace('_', '-')} was {shown(saved[name])} and is {shown(value)}"
+        for name, value in mine.items()
+        if name in saved and saved[name] != value
+    )
+
+
+def _as_flags(sentence: str) -> str:
+    """The library's sentence about an option, with the option as it is typed here."""
+    name, is_option, rest = sentence.partition(" is no option of ")
+    return f"--{name.replace('_', '-')}{is_option}{rest}" if is_option else sentence
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--{option} is {text!r}, expected a number") from None
 
 
 def parse_rank(text: str) -> float | int:
@@ -152,6 +240,14 @@ def parse_rank(text: str) -> float | int:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """Print the table of methods."""
+
+    json: bool = False
+    """As JSON."""
+
+
+@dataclass(frozen=True)
 class Compare(Pretrain):
     """Train with several methods on equal terms, and tabulate.
 
@@ -160,9 +256,11 @@ class Compare(Pretrain):
     """
 
     methods: str = "adamw,oasis"
-    """Names separated by commas; name:rank overrides --rank, as in oasis:0.5."""
+    """Names separated by commas, or all; name:rank overrides --rank, as in oasis:0.5.
+    An option of some methods is for those that have it."""
     lrs: str = "1e-3,3e-3,1e-2"
-    """Peak learning rates, separated by commas; each method keeps its best."""
+    """Peak learning rates, separated by commas; each method keeps its best. A method
+    whose updates are scaled down takes them times its own factor."""
     seeds: str = "0"
     """Seeds, separated by commas. Learning rates are swept with the first; the others
     repeat each method's best."""

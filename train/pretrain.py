@@ -25,7 +25,7 @@ from rich.progress import (
 
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.memory import step_memory
-from oasis_jax.methods import method
+from oasis_jax.methods import row
 from oasis_jax.models import llama
 from oasis_jax.select import Selection, select
 from oasis_jax.state import OasisTrainState
@@ -51,7 +51,7 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
       UserError: if the method, the preset, the rank or the pattern make no sense.
     """
     try:
-        row = method(config.method)
+        recipe = config.recipe()
         model = llama.Llama(
             llama.preset(
                 config.preset,
@@ -64,11 +64,7 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
         init = partial(model.init, jax.random.key(config.seed))
         shapes = jax.eval_shape(init, tokens)
         # Decided on shapes, so that a wrong rank is found before anything is compiled.
-        selection = select(
-            shapes["params"],
-            shapes["subspace"],
-            row.rules(config.pattern, parse_rank(config.rank), config.stride),
-        )
+        selection = select(shapes["params"], shapes["subspace"], recipe.rules)
         schedule = optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=config.lr,
@@ -78,7 +74,8 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
         )
         adam = dict(b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
         tx = optax.chain(
-            optax.clip_by_global_norm(config.clip), row.optimizer(schedule, **adam)
+            optax.clip_by_global_norm(config.clip),
+            recipe.optimizer(schedule, peak=config.lr, **adam),
         )
         # Under jit, the initial tokens are never made.
         params = jax.jit(lambda: init(jnp.zeros(tokens.shape, tokens.dtype)))()[
@@ -112,6 +109,7 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or report.console()
     checkpoint_directory = config.out / "checkpoints"
+    config.recipe()  # a wrong option is found before the data is read
     _claim(config)
     data = load(
         config.data,
@@ -226,9 +224,9 @@ def _compiled_step(setup: Setup, state: OasisTrainState, config: Pretrain):
     """The train step, compiled once and for all, with the state donated."""
 
     def step(state: OasisTrainState, batch: Batch):
-        loss, grads = state.value_and_grad(setup.loss_fn, accumulate=config.accumulate)(
-            batch
-        )
+        count = config.accumulate
+        state = state.refresh(setup.loss_fn, batch, accumulate=count)
+        loss, grads = state.value_and_grad(setup.loss_fn, accumulate=count)(batch)
         return state.apply_gradients(grads), loss
 
     jitted = jax.jit(step, donate_argnums=0)
@@ -240,8 +238,9 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Token-weighted mean loss on the held-out split."""
     total = count = 0.0
+    params = jax.jit(lambda state: state.merged_params())(state)
     for batch in data.validation(config.batch, config.seq, config.eval_batches):
-        losses, weights = _held_out(setup.model, state.params, batch)
+        losses, weights = _held_out(setup.model, params, batch)
         total += float(losses)
         count += float(weights)
     return {"val_loss": total / count, "val_tokens": int(count)}
@@ -333,7 +332,7 @@ def _finish(
         **result,
         "steps": config.steps,
         "lr": config.lr,
-        "rank": parse_rank(config.rank) if method(config.method).projected else None,
+        "rank": _rank(config),
         "seed": config.seed,
         "tokens_per_s": config.batch * config.seq / median if median else None,
         "step_ms_median": 1e3 * median if median else None,
@@ -353,6 +352,16 @@ def _finish(
     report.loss_plot(records, config.out / "loss.png")
     report.energy_plot(records, config.out / "energy.png")
     return summary
+
+
+def _rank(config: Pretrain) -> float | int | None:
+    """As given, or the method's own; None where it means nothing."""
+    own = row(config.method).rank
+    if own is None:
+        return None
+    if config.groups is not None:
+        return config.groups
+    return own if config.rank is None else parse_rank(config.rank)
 
 
 def machine() -> dict[str, Any]:

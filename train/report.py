@@ -287,8 +287,10 @@ def compare_markdown(rows: Sequence[Record], baseline: str = "adamw") -> str:
     Args:
       rows: One per method: method, val_loss, val_tokens, tokens_per_s, step_ms_median,
         saved_activation_bytes, gradient_bytes, optimizer_state_bytes, peak_bytes, lr,
-        rank, and `all`, a list of {lr, seed, val_loss}. Anything else is ignored; None
-        is shown as 'n/a', and a loss that is None, NaN or infinite as 'diverged'.
+        basis_bytes, rank, and `all`, a list of {lr, seed, val_loss, nominal_lr}, where
+        the last, by default lr, heads the columns of the second table. Anything else is
+        ignored; None is shown as 'n/a', and a loss that is None, NaN or infinite as
+        'diverged'.
       baseline: The method that differences in loss refer to.
     """
     rows = sorted(rows, key=lambda row: (not _converged(row["val_loss"]), _loss(row)))
@@ -301,25 +303,26 @@ def compare_markdown(rows: Sequence[Record], baseline: str = "adamw") -> str:
         return f"{percent:+.2f} %" if math.isfinite(percent) else "n/a"
 
     tokens = sorted({row["val_tokens"] for row in rows} - {None})
-    header = ["method", "val loss", f"vs {baseline}", "tokens/s", "step (ms)"]
-    header += ["activations", "gradients", "optimizer", "peak", "lr", "rank"]
-    columns = [
-        [row["method"] for row in rows],
-        _column(rows, "val_loss", "{:.4f}".format, min),
-        [difference(row) for row in rows],
-        _column(rows, "tokens_per_s", "{:,.0f}".format, max),
-        _column(rows, "step_ms_median", "{:.1f}".format, min),
-        _column(rows, "saved_activation_bytes", _mebibytes, min),
-        _column(rows, "gradient_bytes", _mebibytes, min),
-        _column(rows, "optimizer_state_bytes", _mebibytes, min),
-        _column(rows, "peak_bytes", _mebibytes, min),
-        _column(rows, "lr", "{:g}".format),
-        _column(rows, "rank", "{:g}".format),
-    ]
-    rates = sorted({trial["lr"] for row in rows for trial in row["all"]})
+    columns = {
+        "method": [row["method"] for row in rows],
+        "val loss": _column(rows, "val_loss", "{:.4f}".format, min),
+        f"vs {baseline}": [difference(row) for row in rows],
+        "tokens/s": _column(rows, "tokens_per_s", "{:,.0f}".format, max),
+        "step (ms)": _column(rows, "step_ms_median", "{:.1f}".format, min),
+        "activations": _column(rows, "saved_activation_bytes", _mebibytes, min),
+        "gradients": _column(rows, "gradient_bytes", _mebibytes, min),
+        "optimizer": _column(rows, "optimizer_state_bytes", _mebibytes, min),
+        "bases": _column(rows, "basis_bytes", _mebibytes),
+        "peak": _column(rows, "peak_bytes", _mebibytes, min),
+        "lr": _column(rows, "lr", "{:g}".format),
+        "rank": _column(rows, "rank", "{:g}".format),
+    }
+    if not any(row.get("basis_bytes") for row in rows):
+        del columns["bases"]
+    rates = sorted({_nominal(trial) for row in rows for trial in row["all"]})
     return "\n".join(
         [
-            *_markdown_table(header, list(zip(*columns, strict=True))),
+            *_markdown_table(list(columns), list(zip(*columns.values(), strict=True))),
             "",
             f"Validation tokens: {', '.join(f'{count:,}' for count in tokens)}.",
             "",
@@ -416,7 +419,7 @@ def _column(
     best: Callable[[list], Any] | None = None,
 ) -> list[str]:
     """The cells of a column, those equal to the best in bold unless all are."""
-    values = [row[key] for row in rows]
+    values = [row.get(key) for row in rows]
     finite = [value for value in values if _converged(value)]
     absent = "diverged" if key == "val_loss" else "n/a"
     cells = [text(value) if _converged(value) else absent for value in values]
@@ -430,7 +433,7 @@ def _losses_at(rates: Sequence[float], trials: Sequence[Record]) -> list[str]:
     """One cell per rate: the mean over seeds with its standard deviation."""
     means, cells = [], []
     for rate in rates:
-        losses = [trial["val_loss"] for trial in trials if trial["lr"] == rate]
+        losses = [trial["val_loss"] for trial in trials if _nominal(trial) == rate]
         good = [loss for loss in losses if _converged(loss)]
         failed = len(losses) - len(good)
         means.append(float(np.mean(good)) if good and not failed else math.inf)
@@ -445,6 +448,10 @@ def _losses_at(rates: Sequence[float], trials: Sequence[Record]) -> list[str]:
         f"**{cell}**" if mean == best < math.inf else cell
         for cell, mean in zip(cells, means, strict=True)
     ]
+
+
+def _nominal(trial: Record) -> float:
+    return trial.get("nominal_lr", trial["lr"])
 
 
 def _markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

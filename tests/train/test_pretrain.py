@@ -265,7 +265,7 @@ def test_resume_without_a_run(small, capsys):
     [
         ({"method": "adamw"}, "--method was oasis and is adamw"),
         ({"preset": "llama-60m"}, "--preset was llama-tiny and is llama-60m"),
-        ({"rank": "0.5"}, "--rank was 0.25 and is 0.5"),
+        ({"rank": "0.5"}, "--rank was not given and is 0.5"),
     ],
 )
 def test_resume_with_other_options(small, changes, sentence, capsys):
