@@ -1,9 +1,11 @@
 """What depends on JAX's version, or on what is not public in it. Nothing else may."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -36,3 +38,38 @@ def saved_residuals(function: Callable, *args: Any) -> list[tuple[Any, str]]:
     from jax._src.ad_checkpoint import saved_residuals as listed
 
     return listed(function, *args)
+
+
+@cache
+def has_cudnn_attention() -> bool:
+    """Whether attention of cuDNN can be traced: whether JAX's CUDA plugin is installed.
+
+    Without it the tracing raises, though the program may never be lowered for CUDA.
+    """
+    a = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    kernel = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(kernel, a, a, a)
+    except RuntimeError:
+        return False
+    return True
+
+
+def reuse_forward(
+    vjp: Callable, replaced: Sequence[tuple[Callable[[Any], bool], Array]]
+) -> Callable:
+    """The result of `jax.vjp` with some of what it keeps replaced.
+
+    A function with its own gradient kernels, whose residuals cannot be asked for, can
+    thus run its forward kernel once and its backward kernel in another place: trace the
+    forward again there, and replace all that it computed. Nothing then needs it. What
+    is not found is computed again, so that the gradient is right either way.
+
+    Args:
+      vjp: Second result of `jax.vjp`; its leaves are its residuals.
+      replaced: Pairs of what tells a residual and what to put there.
+    """
+    leaves, structure = jax.tree.flatten(vjp)
+    for tells, value in replaced:
+        leaves = [value if tells(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves)
