@@ -126,6 +126,32 @@ class OasisDense(nn.Module):
         return _project(self, _SITE, x, weights, self.dtype, self.precision)[0]
 
 
+class DenseWeights(nn.Module):
+    """What an `OasisDense` without bias would apply, for who applies it otherwise.
+
+    A head whose loss is taken without its logits, say: `chunked_cross_entropy` takes
+    both results. Parameters and place are those of `OasisDense(features, name=name)`.
+
+    Example:
+      >>> head = DenseWeights(5)
+      >>> variables = head.init(jax.random.key(0), 3)
+      >>> kernel, place = head.apply(variables, 3)
+      >>> kernel.shape, place.active
+      ((3, 5), False)
+    """
+
+    features: int
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = _kernel_init
+
+    @nn.compact
+    def __call__(self, n_in: int) -> tuple[Array, Projection]:
+        """The kernel, (n_in, features), and what stands in its place."""
+        shape = (n_in, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        return kernel, _place(self, _SITE, kernels=("kernel",))
+
+
 def shared_dense(
     module: nn.Module,
     site: str,

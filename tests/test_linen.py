@@ -8,8 +8,9 @@ import optax
 import pytest
 from flax.training import train_state
 
-from oasis_jax import OasisTrainState, Rule, oasis_adam
-from oasis_jax.linen import OasisDense, shared_dense
+from oasis_jax import Lora, OasisTrainState, Rule, oasis_adam
+from oasis_jax.linen import DenseWeights, OasisDense, shared_dense
+from oasis_jax.losses import chunked_cross_entropy
 
 OPTIONS = {
     "plain": {},
@@ -65,6 +66,43 @@ def test_same_as_dense(options, projected, kind):
     reference = plain.apply(expected, X)
     chex.assert_trees_all_equal_dtypes(got, reference)
     chex.assert_trees_all_equal(got, reference)
+
+
+class Head(nn.Module):
+    """A loss of the logits, or of what would make them."""
+
+    chunked: bool
+
+    @nn.compact
+    def __call__(self, x, targets):
+        if self.chunked:
+            kernel, place = DenseWeights(5, name="head")(x.shape[-1])
+            ones = jnp.ones(targets.shape)
+            return chunked_cross_entropy(
+                x, kernel, targets, ones, projection=place, chunk=2
+            )
+        logits = OasisDense(5, use_bias=False, name="head")(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum()
+
+
+@pytest.mark.parametrize(
+    "rules", [[], [Rule(".*", 2)], [Rule(".*", 2, tracker=Lora())]]
+)
+def test_weights_without_the_product(rules):
+    """The same variables, and with any rule the same gradients and observations."""
+    targets = jnp.arange(6).reshape(2, 3) % 5
+
+    def train(head):
+        variables = head.init(jax.random.key(0), X, targets)
+        state = OasisTrainState.create(
+            apply_fn=head.apply, **variables, tx=oasis_adam(1e-2), rules=rules
+        )
+        return variables, state.value_and_grad(lambda v: head.apply(v, X, targets))()
+
+    expected, expected_gradients = train(Head(chunked=False))
+    got, gradients = train(Head(chunked=True))
+    chex.assert_trees_all_equal(got, expected)
+    chex.assert_trees_all_close(gradients, expected_gradients, atol=1e-6, rtol=1e-5)
 
 
 class CNN(nn.Module):
