@@ -8,8 +8,8 @@ elsewhere. The choice falls in the lowering, so that a program can be compiled f
 machine that is not here. Both are one function with one backward rule, for autodiff
 would make a choice between two keep what either of them keeps.
 
-`out` and `L` have the name `KEPT`: inside `jax.checkpoint`, the policy
-`save_only_these_names(KEPT)` recomputes q, k and v alone.
+`out` and `L` have the name `residuals.ATTENTION`: inside `jax.checkpoint`, a policy that
+keeps it recomputes q, k and v alone.
 
 Shape suffixes: B batch, T tokens, H query heads, K key/value heads, E head size;
 G = H / K heads share a key, C queries are in a chunk.
@@ -21,13 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from oasis_jax.chunks import Chunks, chunks
 from oasis_jax.compat import has_cudnn_attention, reuse_forward
-
-KEPT = "attention"
-"""The name of what is kept here, for policies of `jax.checkpoint`."""
+from oasis_jax.residuals import ATTENTION, keep
 
 IMPLEMENTATIONS = ("cudnn", "blockwise", "xla")
 
@@ -173,7 +170,7 @@ def _attention(options, q, k, v, segments):
 
 def _forward(options, q, k, v, segments):
     out, lse = _choose(options, _cudnn_forward, _blockwise_forward, q, k, v, segments)
-    out, lse = checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
+    out, lse = keep((out, lse), ATTENTION)
     return out, (q, k, v, segments, out, lse)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from oasis_jax.bases import Basis, Held
+from oasis_jax.residuals import PROJECTED, keep
 
 
 class _Options(NamedTuple):
@@ -180,11 +181,12 @@ def _forward(options, x, kernels, slots, basis, energy):
     coefficients = project(x, basis, options.precision)
     # x is at hand only here, so whatever is to be known of it is made here.
     seen = observe(x, coefficients, basis, options.stride, options.precision)
-    return outputs, (coefficients, kernels, *seen)
+    kept = keep((coefficients, *seen), PROJECTED)
+    return outputs, (kept, kernels)
 
 
 def _backward(options, residuals, cotangents):
-    coefficients, kernels, observation, energy = residuals
+    (coefficients, observation, energy), kernels = residuals
     dx = None
     # Last first: autodiff adds the cotangents of a shared input in this order, and
     # in bfloat16 the order shows.

@@ -123,7 +123,8 @@ def _with(factory: Callable, **own: Any) -> Callable[..., Any]:
 
 
 def _adamw(learning_rate: Any, b1=0.9, b2=0.999, weight_decay=0.0) -> Any:
-    return optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
+    """`optax.adamw` with float32 moments, also of weights in bfloat16."""
+    return oasis_adam(learning_rate, b1, b2, weight_decay=weight_decay)
 
 
 def _plain(factory: Callable) -> Callable[[SimpleNamespace], Recipe]:

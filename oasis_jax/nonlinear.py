@@ -9,9 +9,9 @@ makes X~ an unbiased estimate of X.
 As in `oasis_jax.dense`, the gradient is the messenger: the cotangent of the basis is
 `S = X^T Z / N`, that of the scalar `energy` is `|X|^2 / N`, both additive.
 
-All that is kept has the name `KEPT`. Inside `jax.checkpoint`, which otherwise keeps the
-input in order to recompute from it, the policy `save_only_these_names(KEPT)` keeps this
-alone.
+All that is kept has the name `residuals.PROJECTED`. Inside `jax.checkpoint`, which
+otherwise keeps the input in order to recompute from it, `residuals.policy` with that name
+keeps this alone.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from oasis_jax.dense import observe, project
-
-KEPT = "compressed"
-"""The name of everything kept here, for policies of `jax.checkpoint`."""
+from oasis_jax.residuals import PROJECTED, keep
 
 
 def compressed(
@@ -266,11 +263,8 @@ def _check(
 
 def _observe(x: Array, basis: Array, stride: int) -> _Observed:
     coefficients = project(x, basis)
-    return _keep(_Observed(coefficients, *observe(x, coefficients, basis, stride)))
-
-
-def _keep(tree: Any) -> Any:
-    return jax.tree.map(lambda a: checkpoint_name(a, KEPT), tree)
+    seen = _Observed(coefficients, *observe(x, coefficients, basis, stride))
+    return keep(seen, PROJECTED)
 
 
 def _rebuild(coefficients: Array, basis: Array, dtype: Any) -> Array:
@@ -380,7 +374,7 @@ def _norm(options, x, scale, bias, basis, energy):
 
 def _norm_forward(options, x, scale, bias, basis, energy):
     del energy
-    statistics = _keep(_statistics(options, x))
+    statistics = keep(_statistics(options, x), PROJECTED)
     y = _apply_norm(x, scale, bias, *statistics)
     observed = _observe(x, basis, options.stride)
     return y, (observed, statistics, scale, bias, basis)

@@ -7,6 +7,7 @@ or models, and a tree without projected leaves gets ordinary AdamW.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from oasis_jax.lift import lift
+from oasis_jax.lift import Step, is_step, lift
 from oasis_jax.paths import path_string
 from oasis_jax.transport import TRANSPORTS, Transport, reset, stood_still
 
@@ -113,10 +114,13 @@ def adam_in_coordinates(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def lift_updates(scale: float = 1.0) -> optax.GradientTransformationExtraArgs:
+def lift_updates(
+    scale: float = 1.0, *, in_place: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Lifts coordinates to weights where `update` is given a basis, times `scale`.
 
-    `update` takes `basis`, keyed by path; other leaves pass as they are.
+    `update` takes `basis`, keyed by path; other leaves pass as they are. With `in_place`
+    it makes a `Step` of each instead, which `OasisTrainState` lifts into the weights.
     """
 
     def update(updates, state, params=None, *, basis=None, **extra_args):
@@ -128,12 +132,31 @@ def lift_updates(scale: float = 1.0) -> optax.GradientTransformationExtraArgs:
             p, dtype = basis.get(name), _dtype(param, update)
             if p is None:
                 return update.astype(dtype)
+            if in_place:
+                return Step(scale * update, jnp.zeros(()))
             return lift(p, scale * update, dtype)
 
         rest = () if params is None else (params,)
         return jax.tree_util.tree_map_with_path(leaf, updates, *rest), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def decay_weights(
+    weight_decay: float, mask: Any | Callable[[optax.Params], Any] | None = None
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` that knows `Step`s."""
+
+    def leaf(update, weight):
+        if is_step(update):
+            return replace(update, decay=update.decay + weight_decay)
+        return update + weight_decay * weight
+
+    def update(updates, params):
+        return jax.tree.map(leaf, updates, params, is_leaf=is_step)
+
+    tx = optax.stateless(update)
+    return tx if mask is None else optax.masked(tx, mask)
 
 
 def scale_by_oasis_adam(
@@ -144,6 +167,7 @@ def scale_by_oasis_adam(
     scale: float = 1.0,
     transport: str | Transport = "carry",
     mu_dtype: Any = None,
+    in_place: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales by Adam, in the subspace where there is one, and lifts the result.
 
@@ -169,6 +193,8 @@ def scale_by_oasis_adam(
       transport: 'carry', 'keep', 'reset', or a function as in `oasis_jax.transport`.
       mu_dtype: Of the first moment; float32 if None. The second moment is float32: in
         bfloat16 it would lose increments of 1 - b2.
+      in_place: Return a `Step` for each projected leaf instead of an array as large as
+        its weights; only `OasisTrainState` can apply it.
 
     Raises:
       ValueError: if `transport` is unknown; in `update`, if a gradient's shape is
@@ -186,7 +212,7 @@ def scale_by_oasis_adam(
     Source: OASIS (arXiv 2604.09406); the transport is LDAdam's (arXiv 2410.16103).
     """
     adam = adam_in_coordinates(b1, b2, eps, transport=transport, mu_dtype=mu_dtype)
-    lifted = lift_updates(scale)
+    lifted = lift_updates(scale, in_place=in_place)
 
     def update(updates, state, params=None, *, basis=None, motion=None, **extra_args):
         del extra_args
@@ -208,6 +234,7 @@ def oasis_adam(
     scale: float = 1.0,
     transport: str | Transport = "carry",
     mu_dtype: Any = None,
+    in_place: bool = False,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in a learned subspace; `optax.adamw` where nothing is projected.
@@ -221,7 +248,7 @@ def oasis_adam(
 
     Args:
       learning_rate: A number or a schedule.
-      b1, b2, eps, scale, transport, mu_dtype: See `scale_by_oasis_adam`.
+      b1, b2, eps, scale, transport, mu_dtype, in_place: See `scale_by_oasis_adam`.
       weight_decay: Decoupled, as in `optax.adamw`, and with its default.
       mask: Which leaves decay, as in `optax.add_decayed_weights`.
 
@@ -233,9 +260,15 @@ def oasis_adam(
     """
     return optax.chain(
         scale_by_oasis_adam(
-            b1, b2, eps, scale=scale, transport=transport, mu_dtype=mu_dtype
+            b1,
+            b2,
+            eps,
+            scale=scale,
+            transport=transport,
+            mu_dtype=mu_dtype,
+            in_place=in_place,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

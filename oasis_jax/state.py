@@ -17,7 +17,7 @@ import optax
 from jax import Array
 
 from oasis_jax import subspace as sub
-from oasis_jax.lift import lift
+from oasis_jax.lift import is_step, lift
 from oasis_jax.paths import flatten_paths, map_with_paths
 from oasis_jax.select import DEFAULT_RULES, Rule, Selection, select
 
@@ -218,20 +218,19 @@ class OasisTrainState:
             self.subspace, grads.observations, self.step, key
         )
         trained = _trained(self.params, self.subspace)
+        bases = sub.bases(self.subspace, sub.COORDINATES)
         updates, opt_state = self.tx.update(
             _lifted(grads.params, self.subspace),
             self.opt_state,
             trained,
-            basis=sub.bases(self.subspace, sub.COORDINATES),
+            basis=bases,
             motion=sub.by_kernel(self.subspace, motions),
         )
-        params, subspace = _put_back(
-            optax.apply_updates(trained, updates), self.params, subspace
-        )
         finite = _all_finite((grads, subspace))
-        new = (params, subspace, opt_state)
-        old = (self.params, self.subspace, self.opt_state)
-        params, subspace, opt_state = _choose(finite, new, old)
+        trained = _applied(trained, updates, bases, finite)
+        opt_state = _choose(finite, opt_state, self.opt_state)
+        subspace = _choose(finite, subspace, self.subspace)
+        params, subspace = _put_back(trained, self.params, subspace)
         before = self.diagnostics
         skip = jnp.where(finite, 0, 1)
         return replace(
@@ -352,8 +351,8 @@ class OasisTrainState:
             )
         except TypeError:  # it added, say, a decayed weight to a projected gradient
             updates = seen
-        for path, update in flatten_paths(updates).items():
-            if update.shape != wanted[path]:
+        for path, update in flatten_paths(updates, is_leaf=is_step).items():
+            if not is_step(update) and update.shape != wanted[path]:
                 raise ValueError(
                     f"{path}: the optimizer leaves its projected gradient of shape"
                     f" {update.shape} unlifted, for a parameter of shape {wanted[path]};"
@@ -411,6 +410,17 @@ def _lifted(grads: Any, subspace: Any) -> Any:
         lambda path, leaf: lift(projected[path], leaf) if path in projected else leaf,
         grads,
     )
+
+
+def _applied(trained: Any, updates: Any, bases: dict[str, Any], when: Array) -> Any:
+    """The parameters after their updates, or as they were."""
+
+    def leaf(path: str, update: Any, weight: Array) -> Array:
+        if is_step(update):
+            return update.applied(weight, bases[path], when)
+        return jnp.where(when, optax.apply_updates(weight, update), weight)
+
+    return map_with_paths(leaf, updates, trained, is_leaf=is_step)
 
 
 def _put_back(trained: Any, params: Any, subspace: Any) -> tuple[Any, Any]:

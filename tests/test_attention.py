@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oasis_jax.attention import KEPT, attention
+from oasis_jax.attention import attention
 from oasis_jax.chunks import chunks
 from oasis_jax.compat import has_cudnn_attention, reuse_forward
 from oasis_jax.memory import compiled_bytes, saved_activations
+from oasis_jax.residuals import ATTENTION
 
 
 class Case(NamedTuple):
@@ -210,7 +211,7 @@ def test_what_is_kept(implementation):
 
 def test_a_policy_can_keep_it():
     """Inside a recomputed part: the scores are not computed a third time."""
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 
     def wrap(function):
         def scaled(q, k, v):

@@ -17,12 +17,12 @@ from oasis_jax.compat import saved_residuals
 from oasis_jax.memory import saved_activations, tree_bytes
 from oasis_jax.models.llama import _rms_norm, _swiglu
 from oasis_jax.nonlinear import (
-    KEPT,
     compressed,
     compressed_layer_norm,
     compressed_rms_norm,
     compressed_swiglu,
 )
+from oasis_jax.residuals import PROJECTED, policy
 
 LEADING, WIDTH, PRINCIPAL, RANDOM = (4, 6), 16, 3, 2
 RANK = PRINCIPAL + RANDOM
@@ -380,8 +380,7 @@ LAYERS = 2
 
 
 def by_names(function):
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy([PROJECTED]), prevent_cse=False)
 
 
 def chain(case, wrap=lambda f: f, scan=True):

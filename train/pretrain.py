@@ -92,10 +92,10 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
         raise UserError(str(error)) from None
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        logits: Any = model.apply(
-            variables, batch["tokens"][:, :-1], batch["segments"][:, :-1]
-        )
-        return jnp.mean(llama.token_losses(logits, batch["tokens"][:, 1:]))
+        tokens, segments = batch["tokens"], batch["segments"][:, :-1]
+        targets = tokens[:, 1:]
+        total: Any = model.apply(variables, tokens[:, :-1], segments, targets)
+        return total / targets.size
 
     return Setup(model, selection, state, loss_fn)
 
@@ -248,11 +248,12 @@ def _evaluate(
 
 @partial(jax.jit, static_argnums=0)
 def _held_out(model: llama.Llama, params: Any, batch: Any):
-    logits: Any = model.apply(
-        {"params": params}, batch["tokens"][:, :-1], batch["segments"][:, :-1]
+    tokens, segments = batch["tokens"], batch["segments"][:, :-1]
+    weights = batch["weights"]
+    total: Any = model.apply(
+        {"params": params}, tokens[:, :-1], segments, tokens[:, 1:], weights
     )
-    losses = llama.token_losses(logits, batch["tokens"][:, 1:])
-    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+    return total, jnp.sum(weights)
 
 
 def _record(

@@ -3,17 +3,20 @@
 Built of projectable layers, with one projection for q/k/v and one for gate/up. The
 parameters are those of the same model built with `nn.Dense`.
 
-Recomputation (`remat`) never changes the parameters:
+Recomputation (`remat`) never changes the parameters. Each level keeps of a block its
+input, and what has these names (`oasis_jax.residuals`):
 
-    none          keep everything that autodiff wants to keep
-    elementwise   recompute norms, SwiGLU, rotary embedding and the attention weights
-    block         keep each block's input only
+    none          everything that autodiff wants to keep
+    elementwise   projected, qkv, attention, middle, gate_up: all that a matrix product or
+                  attention made; norms, SwiGLU and the rotary embedding are recomputed
+    mlp           the same without gate_up, the two widest products
+    block         nothing
 
 Shape suffixes: B batch, T tokens, D width, H query heads, K key/value heads, E head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,11 +25,33 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from oasis_jax.linen import OasisDense, input_projection, shared_dense
+from oasis_jax.attention import attention
+from oasis_jax.linen import DenseWeights, OasisDense, input_projection, shared_dense
+from oasis_jax.losses import chunked_cross_entropy
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
+from oasis_jax.residuals import (
+    ATTENTION,
+    GATE_UP,
+    MIDDLE,
+    PROJECTED,
+    QKV,
+    WIDTHS,
+    keep,
+    narrow,
+    policy,
+)
 from oasis_jax.subspace import COLLECTION
 
-REMAT = ("none", "elementwise", "block")
+_PRODUCTS = (PROJECTED, QKV, ATTENTION, MIDDLE)
+KEPT: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "elementwise": (*_PRODUCTS, GATE_UP),
+    "mlp": _PRODUCTS,
+    "block": (),
+}
+"""What each level of recomputation keeps, by name; None is everything."""
+
+REMAT = tuple(KEPT)
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,9 @@ class LlamaConfig:
       head_size: `width // heads` if 0.
       dtype, param_dtype: Of the computation and of the parameters.
       remat: One of `REMAT`.
+      residuals: What is kept of a block: 'whole', or 'fp8' or 'int8' with a scale per
+        token (`oasis_jax.residuals`).
+      loss_chunk: Tokens whose logits exist at once where the loss is asked for.
     """
 
     vocab_size: int
@@ -55,10 +83,15 @@ class LlamaConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "elementwise"
+    residuals: str = "whole"
+    loss_chunk: int = 2048
 
     def __post_init__(self):
-        if self.remat not in REMAT:
-            raise ValueError(f"remat is {self.remat!r}, expected one of {REMAT}")
+        for name, known in (("remat", REMAT), ("residuals", WIDTHS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {known}"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.heads} heads do not divide into {self.kv_heads} kv heads"
@@ -123,9 +156,7 @@ class RMSNorm(nn.Module):
                 eps=self.config.norm_eps,
                 stride=place.stride,
             )
-        return _maybe_recompute(_rms_norm, self.config)(
-            x_BTD, scale, eps=self.config.norm_eps
-        )
+        return _rms_norm(x_BTD, scale, eps=self.config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -149,7 +180,8 @@ class Attention(nn.Module):
             **options,
         )
         heads = [a.reshape(*a.shape[:-1], -1, c.head_size) for a in (q, k, v)]
-        out_BTHE = _maybe_recompute(_attend, c)(*heads, segments_BT, theta=c.rope_theta)
+        q, k, v = keep(heads, QKV)
+        out_BTHE = _attend(q, k, v, segments_BT, theta=c.rope_theta)
         out = out_BTHE.reshape(*x_BTD.shape[:-1], -1)
         return OasisDense(c.width, name="o_proj", **options)(out)
 
@@ -169,6 +201,7 @@ class MLP(nn.Module):
             {"gate_proj": c.hidden, "up_proj": c.hidden},
             **_dense_options(c),
         )
+        gate, up = keep((gate, up), GATE_UP)
         places = [
             input_projection(self, site, c.hidden)
             for site in ("swiglu_gate", "swiglu_up")
@@ -182,7 +215,7 @@ class MLP(nn.Module):
                 stride=places[0].stride,
             )
         else:
-            hidden = _maybe_recompute(_swiglu, c)(gate, up)
+            hidden = _swiglu(gate, up)
         return OasisDense(c.width, name="down_proj", **_dense_options(c))(hidden)
 
 
@@ -197,8 +230,22 @@ class Block(nn.Module):
         x_BTD += Attention(c, name="attn")(
             RMSNorm(c, name="attn_norm")(x_BTD), segments_BT
         )
+        x_BTD = keep(x_BTD, MIDDLE)
         x_BTD += MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
         return x_BTD, None
+
+
+def _layer(config: LlamaConfig) -> Callable[..., Array]:
+    """A block as a function of its variables and its input."""
+
+    def layer(variables: Any, x_BTD: Array, segments_BT: Array | None) -> Array:
+        return Block(config, parent=None).apply(variables, x_BTD, segments_BT)[0]
+
+    names = KEPT[config.remat]
+    if names is not None:
+        # Inside a scan there is nothing to eliminate, and the barrier costs time.
+        layer = jax.checkpoint(layer, policy=policy(names), prevent_cse=False)
+    return narrow(layer, config.residuals)
 
 
 class Llama(nn.Module):
@@ -208,6 +255,8 @@ class Llama(nn.Module):
       tokens: (B, T) int32.
       segments: (B, T) int32, the number of the packed document that each token belongs
         to; tokens attend within their document only. None means one document.
+      targets, weights: (B, T) int32 and float32. With them the result is not the logits,
+        which then never exist whole, but `sum(weights * cross-entropy)`, () float32.
 
     Example:
       >>> model = Llama(preset("llama-tiny"))
@@ -219,7 +268,13 @@ class Llama(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, segments: Array | None = None) -> Array:
+    def __call__(
+        self,
+        tokens: Array,
+        segments: Array | None = None,
+        targets: Array | None = None,
+        weights: Array | None = None,
+    ) -> Array:
         c = self.config
         embed = nn.Embed(
             c.vocab_size,
@@ -229,25 +284,57 @@ class Llama(nn.Module):
             embedding_init=nn.initializers.normal(0.02),
             name="embed",
         )
-        block = Block
-        if c.remat == "block":
-            block = nn.remat(Block, prevent_cse=False)
-        x_BTD, _ = nn.scan(
-            block,
-            # A collection that is not listed here is silently absent inside.
-            variable_axes={"params": 0, COLLECTION: 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.layers,
-        )(c, name="blocks")(embed(tokens), segments)
+        x_BTD = self._blocks(embed(tokens), segments)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
+        place = None
         if c.tied:
-            logits = embed.attend(x_BTD)
+            kernel = embed.embedding
         else:
-            logits = OasisDense(c.vocab_size, name="lm_head", **_dense_options(c))(
-                x_BTD
+            kernel, place = DenseWeights(
+                c.vocab_size, c.param_dtype, _kernel_init, name="lm_head"
+            )(c.width)
+        if targets is not None:
+            if weights is None:
+                weights = jnp.ones(targets.shape, jnp.float32)
+            return chunked_cross_entropy(
+                x_BTD,
+                kernel,
+                targets,
+                weights,
+                projection=place,
+                chunk=c.loss_chunk,
+                transposed=c.tied,
             )
+        if place is None:
+            return embed.attend(x_BTD).astype(jnp.float32)
+        (logits,) = place(x_BTD, {"kernel": kernel})
         return logits.astype(jnp.float32)
+
+    def _blocks(self, x_BTD: Array, segments_BT: Array | None) -> Array:
+        c = self.config
+        if self.is_initializing():
+            scanned = nn.scan(
+                Block,
+                variable_axes={"params": 0, COLLECTION: 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=c.layers,
+            )
+            return scanned(c, name="blocks")(x_BTD, segments_BT)[0]
+        # A function of arrays, so that any transformation of JAX goes around it, and
+        # no name of a scope depends on which.
+        layer = _layer(c)
+        stacked = {
+            name: collection["blocks"]
+            for name, collection in self.variables.items()
+            if "blocks" in collection
+        }
+        x_BTD, _ = jax.lax.scan(
+            lambda x, variables: (layer(variables, x, segments_BT), None),
+            x_BTD,
+            stacked,
+        )
+        return x_BTD
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
@@ -255,24 +342,16 @@ def token_losses(logits: Array, targets: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
 def _dense_options(c: LlamaConfig) -> dict[str, Any]:
     return dict(
         use_bias=False,
         dtype=c.dtype,
         param_dtype=c.param_dtype,
-        kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+        kernel_init=_kernel_init,
     )
-
-
-def _maybe_recompute(function, c: LlamaConfig):
-    if c.remat == "none":
-        return function
-
-    def call(*arrays, **static):
-        # Inside a scan there is nothing to eliminate, and the barrier costs time.
-        return jax.checkpoint(partial(function, **static), prevent_cse=False)(*arrays)
-
-    return call
 
 
 def _rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
@@ -299,13 +378,4 @@ def _rotate(x_BTHE: Array, theta: float) -> Array:
 def _attend(
     q_BTHE: Array, k_BTKE: Array, v_BTKE: Array, segments: Array | None, *, theta: float
 ) -> Array:
-    mask = None
-    if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        _rotate(q_BTHE, theta),
-        _rotate(k_BTKE, theta),
-        v_BTKE,
-        mask=mask,
-        is_causal=True,
-    )
+    return attention(_rotate(q_BTHE, theta), _rotate(k_BTKE, theta), v_BTKE, segments)
