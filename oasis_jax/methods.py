@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -123,7 +124,19 @@ def _with(factory: Callable, **own: Any) -> Callable[..., Any]:
 
 
 def _adamw(learning_rate: Any, b1=0.9, b2=0.999, weight_decay=0.0) -> Any:
-    return optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
+    adamw = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
+
+    def wide(tree: Any) -> Any:
+        return optax.tree.cast(tree, jnp.float32)
+
+    # Optax gives moments the dtype of the weights. In bfloat16 the second would lose
+    # its increments of 1 - b2, and no method could be compared with it in bytes.
+    return optax.GradientTransformation(
+        lambda params: adamw.init(wide(params)),
+        lambda updates, state, params=None: adamw.update(
+            wide(updates), state, wide(params)
+        ),
+    )
 
 
 def _plain(factory: Callable) -> Callable[[SimpleNamespace], Recipe]:
