@@ -1,6 +1,8 @@
 """What depends on JAX's version, or on what is not public in it. Nothing else may."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -73,3 +75,49 @@ def reuse_forward(
     for tells, value in replaced:
         leaves = [value if tells(leaf) else leaf for leaf in leaves]
     return jax.tree.unflatten(structure, leaves)
+
+
+def compile_only_device(platform: str, **options: Any) -> jax.Device:
+    """The first device of a machine that is not there; it can be compiled for only.
+
+    Args:
+      platform: 'cuda' or 'tpu'.
+      options: As the platform's plugin knows them: `target_config` (the text of a
+        `GpuTargetConfigProto`) and `topology` of a GPU, `topology_name` of a TPU.
+    """
+    from jax.experimental import topologies
+
+    # Outside Google's cloud there is no server that knows the machine's TPUs; libtpu
+    # would ask it again and again before it goes on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return topologies.get_topology_desc(platform=platform, **options).devices[0]
+
+
+@contextmanager
+def lowering_for(capability: tuple[int, int] | None) -> Iterator[None]:
+    """While it lasts, fused attention checks this compute capability.
+
+    jax (0.10.2) asks the default backend instead of the one that is lowered for, so
+    without a GPU it refuses packed sequences, and heads of more than 128, on a Hopper.
+
+    Args:
+      capability: Of the GPU that is lowered for; None leaves everything as it is.
+    """
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        asked: Any = fused.check_compute_capability
+    except (ImportError, AttributeError):
+        asked = None
+    if capability is None or asked is None:
+        yield
+        return
+
+    def at_least(wanted: str) -> bool:
+        return capability >= tuple(int(part) for part in wanted.split("."))
+
+    fused.check_compute_capability = at_least
+    try:
+        yield
+    finally:
+        fused.check_compute_capability = asked

@@ -1,14 +1,42 @@
 """What a step needs, in bytes: counted from shapes, and as the compiler reports it."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
 from oasis_jax import subspace as sub
-from oasis_jax.compat import saved_residuals
+from oasis_jax import targets
+from oasis_jax.compat import lowering_for, saved_residuals
 from oasis_jax.state import OasisTrainState
+
+
+class PlanError(RuntimeError):
+    """A step that does not compile; the message is one sentence, naming its target."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device needs for a step, in bytes, as its compiler reports it.
+
+    Attributes:
+      peak_bytes: Arguments + outputs + temporaries - aliased.
+      argument_bytes, output_bytes: What goes in and what comes out.
+      temporary_bytes: All that lives in between: gradients, saved activations, scratch.
+      alias_bytes: Outputs that take the place of donated arguments.
+      refused: Whether the compiler gave up because the device has less; then
+        `peak_bytes` is what it said to need, and the temporaries are what that leaves.
+    """
+
+    peak_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    alias_bytes: int
+    refused: bool = False
 
 
 def tree_bytes(tree: Any) -> int:
@@ -36,13 +64,92 @@ def saved_activations(function: Callable, *args: Any) -> list[jax.core.ShapedArr
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     """Arguments + outputs + temporaries - aliased, as the compiler reports them."""
+    return _reported(compiled).peak_bytes
+
+
+def _reported(compiled: jax.stages.Compiled) -> Plan:
     analysis: Any = compiled.memory_analysis()
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
+    arguments = analysis.argument_size_in_bytes
+    outputs = analysis.output_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes
+    aliased = analysis.alias_size_in_bytes
+    peak = arguments + outputs + temporaries - aliased
+    return Plan(peak, arguments, outputs, temporaries, aliased)
+
+
+def plan(
+    step: Callable,
+    *shapes: Any,
+    target: str = "cpu",
+    donate: Sequence[int] = (0,),
+    name: str = "step",
+) -> Plan:
+    """What a step would need on a device, found by compiling it: nothing is run.
+
+        peak = arguments + outputs + temporaries - aliased
+
+    Args:
+      step: Any function of arrays. One that is jitted already keeps its own donations.
+      shapes: Its arguments: trees of `ShapeDtypeStruct`s, or of arrays, of which only
+        shape and dtype matter.
+      target: The device: a key of `oasis_jax.targets.TARGETS`, or a TPU's slice.
+      donate: Which arguments may be overwritten.
+      name: What errors call the step.
+
+    Returns:
+      A `Plan`. Where a TPU's compiler refuses a step that is too large, but says how
+      much it needs, that is its peak, and it is marked as `refused`.
+
+    Raises:
+      TargetError: if there is no such target, or its compiler is not installed.
+      PlanError: if the step does not compile; the first line says what and why.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+      >>> plan(lambda w: w - 0.1 * (w @ w), weights).argument_bytes
+      262144
+    """
+    chosen = targets.find(target)
+    sharding = jax.sharding.SingleDeviceSharding(targets.device(chosen))
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        jax.eval_shape(lambda *args: args, *shapes),
     )
+    jitted: Any = step
+    if not hasattr(step, "lower"):
+        jitted = jax.jit(step, donate_argnums=tuple(donate))
+    try:
+        with lowering_for(chosen.capability):
+            lowered = jitted.lower(*placed)
+        return _reported(lowered.compile())
+    except Exception as error:  # a compiler's, a library's: all mean the same here
+        needed = _needed(str(error))
+        if needed is None:
+            raise PlanError(f"{name} on {target}: {_reason(error)}") from error
+    inputs = tree_bytes(placed)
+    outputs = tree_bytes(lowered.out_info)
+    aliased = min(outputs, sum(tree_bytes(placed[i]) for i in donate))
+    temporary = max(0, needed - inputs - outputs + aliased)
+    return Plan(needed, inputs, outputs, temporary, aliased, refused=True)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _needed(message: str) -> int | None:
+    """Bytes of memory that a refusal says the step needs.
+
+    >>> _needed("Ran out of memory in memory space hbm. Used 1.50G of 1.00G hbm.")
+    1610612736
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
+    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def step_memory(
@@ -59,9 +166,24 @@ def step_memory(
       compiled: The step, lowered and compiled with the state donated.
 
     Returns:
-      Bytes of `weights`, `gradients`, `optimizer_state`, `bases`, `saved_activations`
-      (of one microbatch), and `peak`: all that the compiled step holds, which is not
-      their sum, since buffers are shared in time and scratch space is added.
+      What `step_parts` counts, and `peak`: all that the compiled step holds, which is
+      not their sum, since buffers are shared in time and scratch space is added.
+    """
+    counted = step_parts(state, loss_fn, *args, accumulate=accumulate)
+    return counted | {"peak": compiled_bytes(compiled)}
+
+
+def step_parts(
+    state: OasisTrainState, loss_fn: Callable, *args: Any, accumulate: int = 1
+) -> dict[str, int]:
+    """The parts of one train step, counted; nothing is compiled.
+
+    Args:
+      state, loss_fn, args, accumulate: Those of the step; shapes are enough.
+
+    Returns:
+      Bytes of `weights`, `gradients`, `optimizer_state`, `bases` and
+      `saved_activations` (of one microbatch).
     """
     micro = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
@@ -82,7 +204,6 @@ def step_memory(
         "optimizer_state": tree_bytes(state.opt_state),
         "bases": tree_bytes(state.subspace),
         "saved_activations": tree_bytes(kept),
-        "peak": compiled_bytes(compiled),
     }
 
 

@@ -59,6 +59,8 @@ class Pretrain:
     """What the backward pass recomputes: none, elementwise or block."""
     dtype: str = "float32"
     """Of the computation: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """Of the weights: float32 or bfloat16; the optimizer's moments are float32."""
     seed: int = 0
     """Of the initial weights, the order of the data and the bases."""
     out: Path = Path("runs/pretrain")
@@ -133,8 +135,12 @@ class Pretrain:
             raise UserError(f"--lr is {self.lr}, expected a positive number")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"--warmup is {self.warmup}, expected a share in [0, 1]")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected"
+                    " float32 or bfloat16"
+                )
         if self.batch % self.accumulate:
             raise UserError(
                 f"--batch {self.batch} does not divide into --accumulate"

@@ -44,20 +44,28 @@ class Setup:
     loss_fn: Callable
 
 
-def set_up(config: Pretrain, vocab_size: int) -> Setup:
+def set_up(
+    config: Pretrain, vocab_size: int | None = None, *, abstract: bool = False
+) -> Setup:
     """Builds the model and a first state.
+
+    Args:
+      vocab_size: The preset's own if None.
+      abstract: Give the state's shapes only; nothing is computed or allocated.
 
     Raises:
       UserError: if the method, the preset, the rank or the pattern make no sense.
     """
     try:
         recipe = config.recipe()
+        changes = {} if vocab_size is None else {"vocab_size": vocab_size}
         model = llama.Llama(
             llama.preset(
                 config.preset,
-                vocab_size=vocab_size,
                 remat=config.remat,
                 dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.dtype(config.param_dtype),
+                **changes,
             )
         )
         tokens = jax.ShapeDtypeStruct((config.batch, config.seq), jnp.int32)
@@ -77,17 +85,21 @@ def set_up(config: Pretrain, vocab_size: int) -> Setup:
             optax.clip_by_global_norm(config.clip),
             recipe.optimizer(schedule, peak=config.lr, **adam),
         )
-        # Under jit, the initial tokens are never made.
-        params = jax.jit(lambda: init(jnp.zeros(tokens.shape, tokens.dtype)))()[
-            "params"
-        ]
-        state = OasisTrainState.create(
+        create = partial(
+            OasisTrainState.create,
             apply_fn=model.apply,
-            params=params,
             tx=tx,
             rules=selection,
             seed=config.seed,
         )
+        if abstract:
+            state = jax.eval_shape(lambda p: create(params=p), shapes["params"])
+        else:
+            # Under jit, the initial tokens are never made.
+            params = jax.jit(lambda: init(jnp.zeros(tokens.shape, tokens.dtype)))()[
+                "params"
+            ]
+            state = create(params=params)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -142,7 +154,7 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
         parts = step_memory(
             state,
             setup.loss_fn,
-            _batch_shape(config),
+            batch_shape(config),
             compiled=step,
             accumulate=config.accumulate,
         )
@@ -215,13 +227,13 @@ def _resume(
     return checkpoints.restore(state, data=batches)
 
 
-def _batch_shape(config: Pretrain) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shape(config: Pretrain) -> dict[str, jax.ShapeDtypeStruct]:
     row = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32)
     return {"tokens": row, "segments": row}
 
 
-def _compiled_step(setup: Setup, state: OasisTrainState, config: Pretrain):
-    """The train step, compiled once and for all, with the state donated."""
+def train_step(setup: Setup, config: Pretrain) -> Callable:
+    """One step, `(state, batch) -> (state, loss)`, not yet jitted."""
 
     def step(state: OasisTrainState, batch: Batch):
         count = config.accumulate
@@ -229,8 +241,13 @@ def _compiled_step(setup: Setup, state: OasisTrainState, config: Pretrain):
         loss, grads = state.value_and_grad(setup.loss_fn, accumulate=count)(batch)
         return state.apply_gradients(grads), loss
 
-    jitted = jax.jit(step, donate_argnums=0)
-    return jitted.lower(state, _batch_shape(config)).compile()
+    return step
+
+
+def _compiled_step(setup: Setup, state: OasisTrainState, config: Pretrain):
+    """The train step, compiled once and for all, with the state donated."""
+    jitted = jax.jit(train_step(setup, config), donate_argnums=0)
+    return jitted.lower(state, batch_shape(config)).compile()
 
 
 def _evaluate(
