@@ -4,6 +4,7 @@ from oasis_jax.dense import projected_dense
 from oasis_jax.gradient_side import galore, ldadam, osd
 from oasis_jax.lift import lift
 from oasis_jax.lora import Lora
+from oasis_jax.losses import chunked_cross_entropy
 from oasis_jax.methods import METHODS, method
 from oasis_jax.optimizer import oasis_adam, scale_by_oasis_adam
 from oasis_jax.select import Rule, select
@@ -37,6 +38,7 @@ __all__ = [
     "Svd",
     "Tracker",
     "carry",
+    "chunked_cross_entropy",
     "galore",
     "keep",
     "ldadam",
