@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from oasis_jax.bases import Basis, Held
-from oasis_jax.residuals import PROJECTED, keep
+from oasis_jax.residuals import COEFFICIENTS, OBSERVED, keep
 
 
 class _Options(NamedTuple):
@@ -181,7 +181,7 @@ def _forward(options, x, kernels, slots, basis, energy):
     coefficients = project(x, basis, options.precision)
     # x is at hand only here, so whatever is to be known of it is made here.
     seen = observe(x, coefficients, basis, options.stride, options.precision)
-    kept = keep((coefficients, *seen), PROJECTED)
+    kept = keep(coefficients, COEFFICIENTS), *keep(seen, OBSERVED)
     return outputs, (kept, kernels)
 
 

@@ -9,9 +9,9 @@ makes X~ an unbiased estimate of X.
 As in `oasis_jax.dense`, the gradient is the messenger: the cotangent of the basis is
 `S = X^T Z / N`, that of the scalar `energy` is `|X|^2 / N`, both additive.
 
-All that is kept has the name `residuals.PROJECTED`. Inside `jax.checkpoint`, which
-otherwise keeps the input in order to recompute from it, `residuals.policy` with that name
-keeps this alone.
+All that is kept has a name, `residuals.COEFFICIENTS` or `OBSERVED`. Inside
+`jax.checkpoint`, which otherwise keeps the input in order to recompute from it,
+`residuals.policy` with these names keeps this alone.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from oasis_jax.dense import observe, project
-from oasis_jax.residuals import PROJECTED, keep
+from oasis_jax.residuals import COEFFICIENTS, OBSERVED, keep
 
 
 def compressed(
@@ -263,8 +263,8 @@ def _check(
 
 def _observe(x: Array, basis: Array, stride: int) -> _Observed:
     coefficients = project(x, basis)
-    seen = _Observed(coefficients, *observe(x, coefficients, basis, stride))
-    return keep(seen, PROJECTED)
+    seen = observe(x, coefficients, basis, stride)
+    return _Observed(keep(coefficients, COEFFICIENTS), *keep(seen, OBSERVED))
 
 
 def _rebuild(coefficients: Array, basis: Array, dtype: Any) -> Array:
@@ -374,7 +374,7 @@ def _norm(options, x, scale, bias, basis, energy):
 
 def _norm_forward(options, x, scale, bias, basis, energy):
     del energy
-    statistics = keep(_statistics(options, x), PROJECTED)
+    statistics = keep(_statistics(options, x), OBSERVED)
     y = _apply_norm(x, scale, bias, *statistics)
     observed = _observe(x, basis, options.stride)
     return y, (observed, statistics, scale, bias, basis)

@@ -3,12 +3,12 @@
 A model runs each block under `jax.checkpoint` with `policy(names)`: whatever has one of
 the names is kept, the rest is recomputed. The names:
 
-    projected   what a projected layer or a compressed norm keeps of its input:
-                coefficients, energy gradients, statistics
-    qkv         queries, keys and values, before the rotation
-    attention   attention's output and the logarithms of its denominators
-    middle      the residual stream between attention and MLP
-    gate_up     both inputs of SwiGLU
+    coefficients  Z: what projected layers and compressed norms keep of a token
+    observed      what they tell of all tokens together: energy gradients; and statistics
+    qkv           queries, keys and values, before the rotation
+    attention     attention's output and the logarithms of its denominators
+    middle        the residual stream between attention and MLP
+    gate_up       both inputs of SwiGLU
 
 and `narrow` keeps what is left in eight bits.
 """
@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-PROJECTED, QKV, ATTENTION, MIDDLE, GATE_UP = NAMES = (
-    "projected",
+COEFFICIENTS, OBSERVED, QKV, ATTENTION, MIDDLE, GATE_UP = NAMES = (
+    "coefficients",
+    "observed",
     "qkv",
     "attention",
     "middle",

@@ -22,7 +22,7 @@ from oasis_jax.nonlinear import (
     compressed_rms_norm,
     compressed_swiglu,
 )
-from oasis_jax.residuals import PROJECTED, policy
+from oasis_jax.residuals import COEFFICIENTS, OBSERVED, policy
 
 LEADING, WIDTH, PRINCIPAL, RANDOM = (4, 6), 16, 3, 2
 RANK = PRINCIPAL + RANDOM
@@ -380,7 +380,8 @@ LAYERS = 2
 
 
 def by_names(function):
-    return jax.checkpoint(function, policy=policy([PROJECTED]), prevent_cse=False)
+    kept = policy([COEFFICIENTS, OBSERVED])
+    return jax.checkpoint(function, policy=kept, prevent_cse=False)
 
 
 def chain(case, wrap=lambda f: f, scan=True):

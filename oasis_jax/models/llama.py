@@ -7,9 +7,10 @@ Recomputation (`remat`) never changes the parameters. Each level keeps of a bloc
 input, and what has these names (`oasis_jax.residuals`):
 
     none          everything that autodiff wants to keep
-    elementwise   projected, qkv, attention, middle, gate_up: all that a matrix product or
-                  attention made; norms, SwiGLU and the rotary embedding are recomputed
-    mlp           the same without gate_up, the two widest products
+    elementwise   coefficients, observed, qkv, attention, middle, gate_up: all that a matrix
+                  product or attention made; norms, SwiGLU and the rotary embedding are
+                  recomputed
+    mlp           observed, qkv, attention: what costs most to make again, a byte
     block         nothing
 
 Shape suffixes: B batch, T tokens, D width, H query heads, K key/value heads, E head size.
@@ -31,9 +32,10 @@ from oasis_jax.losses import chunked_cross_entropy
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
 from oasis_jax.residuals import (
     ATTENTION,
+    COEFFICIENTS,
     GATE_UP,
     MIDDLE,
-    PROJECTED,
+    OBSERVED,
     QKV,
     WIDTHS,
     keep,
@@ -42,11 +44,10 @@ from oasis_jax.residuals import (
 )
 from oasis_jax.subspace import COLLECTION
 
-_PRODUCTS = (PROJECTED, QKV, ATTENTION, MIDDLE)
 KEPT: dict[str, tuple[str, ...] | None] = {
     "none": None,
-    "elementwise": (*_PRODUCTS, GATE_UP),
-    "mlp": _PRODUCTS,
+    "elementwise": (COEFFICIENTS, OBSERVED, QKV, ATTENTION, MIDDLE, GATE_UP),
+    "mlp": (OBSERVED, QKV, ATTENTION),
     "block": (),
 }
 """What each level of recomputation keeps, by name; None is everything."""
@@ -356,7 +357,8 @@ def _dense_options(c: LlamaConfig) -> dict[str, Any]:
 
 def _rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
     wide = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    # Not jnp.square, of which autodiff would keep another array, 2 x.
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean + eps) * scale).astype(x.dtype)
 
 
