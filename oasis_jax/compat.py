@@ -84,3 +84,11 @@ def lowering_for(capability: tuple[int, int] | None) -> Iterator[None]:
         yield
     finally:
         fused.check_compute_capability = asked
+
+
+def without_accelerators() -> None:
+    """Nothing but the CPU is started from now on; what has started stays."""
+    from jax._src import xla_bridge
+
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")

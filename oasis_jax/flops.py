@@ -194,9 +194,7 @@ def train_work(
 
 
 def _rule(path: str, rules: Sequence[Rule]) -> Rule | None:
-    return next(
-        (r for r in rules if not r.inputs and re.search(r.pattern, path)), None
-    )
+    return next((r for r in rules if not r.inputs and re.search(r.pattern, path)), None)
 
 
 def _gradient(place: Input, rule: Rule | None) -> tuple[float, float, float, float]:

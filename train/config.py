@@ -276,6 +276,38 @@ class Compare(Pretrain):
     times are not comparable with those of other machines or settings."""
 
 
+@dataclass(frozen=True)
+class Plan(Pretrain):
+    """Say what a train step needs on a device, which need not be there.
+
+    Options of `pretrain` that shape the step hold here too; others are ignored.
+    """
+
+    preset: str = "llama-1b"
+    target: str = "cpu"
+    """h200, h100, a100, l4, rtx-4090, v5e, v5p, v6e or cpu; v5p:2x2x1 names a slice."""
+    batch: int = 8
+    seq: int = 2048
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    budget_gib: float | None = None
+    """Search for the fastest configurations that need no more: methods, ranks (unless
+    --rank is given), levels of recomputation, batches up to --batch."""
+    methods: str = "adamw,oasis"
+    """What a search looks at, names separated by commas."""
+    plans: int = 3
+    """How many plans a search prints at most, one per method and rank."""
+    json: bool = False
+    """As JSON."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, "plans", 1)
+        budget = self.budget_gib
+        if budget is not None and not (math.isfinite(budget) and budget > 0):
+            raise UserError(f"--budget-gib is {budget}, expected a positive number")
+
+
 def _at_least(config: Any, name: str, least: int) -> None:
     if getattr(config, name) < least:
         raise UserError(
