@@ -83,6 +83,8 @@ def lowering_for(capability: tuple[int, int] | None) -> Iterator[None]:
 
     jax (0.10.2) asks the default backend instead of the one that is lowered for, so
     without a GPU it refuses packed sequences, and heads of more than 128, on a Hopper.
+    It checks while it traces, so what JAX has traced for one GPU is not checked again
+    for another in the same process.
 
     Args:
       capability: Of the GPU that is lowered for; None leaves everything as it is.
