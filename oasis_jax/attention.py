@@ -44,7 +44,7 @@ def attention(
     segments: Array | None = None,
     *,
     causal: bool = True,
-    chunk: int = 256,
+    chunk: int = 128,
     implementation: str | None = None,
 ) -> Array:
     """Softmax attention of grouped queries, within packed documents.

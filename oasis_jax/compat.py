@@ -87,10 +87,31 @@ def compile_only_device(platform: str, **options: Any) -> jax.Device:
     """
     from jax.experimental import topologies
 
-    # Outside Google's cloud there is no server that knows the machine's TPUs; libtpu
-    # would ask it again and again before it goes on.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    return topologies.get_topology_desc(platform=platform, **options).devices[0]
+    with _environment(_WITHOUT_TPU):
+        return topologies.get_topology_desc(platform=platform, **options).devices[0]
+
+
+# What libtpu reads when it is loaded.
+_WITHOUT_TPU = {
+    # Outside Google's cloud there is no server that knows the machine's TPUs; it would
+    # be asked again and again.
+    "TPU_SKIP_MDS_QUERY": "1",
+    # A lock file keeps two processes from one TPU. None is opened here, and plans may
+    # be made side by side, or after a process that was killed with the lock.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Environment variables while it lasts; those that are set already stay."""
+    added = {k: v for k, v in settings.items() if k not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager
@@ -99,6 +120,8 @@ def lowering_for(capability: tuple[int, int] | None) -> Iterator[None]:
 
     jax (0.10.2) asks the default backend instead of the one that is lowered for, so
     without a GPU it refuses packed sequences, and heads of more than 128, on a Hopper.
+    It checks while it traces, so what JAX has traced for one GPU is not checked again
+    for another in the same process.
 
     Args:
       capability: Of the GPU that is lowered for; None leaves everything as it is.
@@ -121,3 +144,11 @@ def lowering_for(capability: tuple[int, int] | None) -> Iterator[None]:
         yield
     finally:
         fused.check_compute_capability = asked
+
+
+def without_accelerators() -> None:
+    """Nothing but the CPU is started from now on; what has started stays."""
+    from jax._src import xla_bridge
+
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")

@@ -124,27 +124,37 @@ def plan(
             lowered = jitted.lower(*placed)
         return _reported(lowered.compile())
     except Exception as error:  # a compiler's, a library's: all mean the same here
-        needed = _needed(str(error))
-        if needed is None:
+        if not _REFUSAL.search(str(error)):
             raise PlanError(f"{name} on {target}: {_reason(error)}") from error
+        message = str(error)
     inputs = tree_bytes(placed)
     outputs = tree_bytes(lowered.out_info)
     aliased = min(outputs, sum(tree_bytes(placed[i]) for i in donate))
-    temporary = max(0, needed - inputs - outputs + aliased)
-    return Plan(needed, inputs, outputs, temporary, aliased, refused=True)
+    return _refused(message, inputs, outputs, aliased)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_REFUSAL = re.compile(
+    r"Used (?P<all>[\d.]+)(?P<unit>[KMGT]?) of [\d.]+[KMGT]? hbm"
+    r"|HLO temporaries \((?P<temporaries>[\d.]+)(?P<own>[KMGT]?)\) exceeds"
+)
 
 
-def _needed(message: str) -> int | None:
-    """Bytes of memory that a refusal says the step needs.
+def _refused(message: str, inputs: int, outputs: int, aliased: int) -> Plan:
+    """What a TPU's compiler says that the step needs; the rest as counted.
 
-    >>> _needed("Ran out of memory in memory space hbm. Used 1.50G of 1.00G hbm.")
-    1610612736
+    >>> said = "Ran out of memory in memory space hbm. Used 1.50G of 1.00G hbm."
+    >>> _refused(said, 2**29, 2**29, 2**29).temporary_bytes == 2**30
+    True
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+    resident = inputs + outputs - aliased
+    found: Any = _REFUSAL.search(message)
+    if found["all"]:
+        peak = round(float(found["all"]) * _UNITS[found["unit"]])
+    else:
+        peak = resident + round(float(found["temporaries"]) * _UNITS[found["own"]])
+    temporary = max(0, peak - resident)
+    return Plan(peak, inputs, outputs, temporary, aliased, refused=True)
 
 
 def _reason(error: Exception) -> str:

@@ -242,7 +242,7 @@ class OasisTrainState:
             diagnostics=Diagnostics(
                 captured_energy=sub.captured_energy(self.subspace, grads.observations),
                 motion=sub.moved_share(motions),
-                gradient_norm=optax.tree.norm(grads.params),
+                gradient_norm=optax.tree.norm(_wide(grads.params)),
                 skipped=before.skipped + skip,
                 skipped_in_a_row=jnp.where(finite, 0, before.skipped_in_a_row + 1),
             ),
@@ -468,6 +468,11 @@ def _accumulate(once: Callable, args: tuple, count: int, has_aux: bool):
 
 def _value(result: Any) -> Array:
     return result[0] if isinstance(result, tuple) else result
+
+
+def _wide(tree: Any) -> Any:
+    """In float32, so that the state keeps its dtypes when weights are bfloat16."""
+    return optax.tree.cast(tree, jnp.float32)
 
 
 def _choose(condition: Array, new: Any, old: Any) -> Any:

@@ -6,13 +6,14 @@ from typing import Annotated
 import tyro
 
 from oasis_jax.checkpoints import CheckpointError
-from train import compare, methods, pretrain
-from train.config import Compare, Methods, Pretrain, UserError
+from train import compare, methods, plan, pretrain
+from train.config import Compare, Methods, Plan, Pretrain, UserError
 from train.text import DataError
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
 )
 
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(Command, args=argv, prog="python -m train")
         if isinstance(config, Compare):
             return compare.main(config)
+        if isinstance(config, Plan):
+            return plan.main(config)
         if isinstance(config, Methods):
             return methods.main(config)
         return pretrain.main(config)

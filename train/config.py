@@ -56,7 +56,11 @@ class Pretrain:
     accumulate: int = 1
     """Microbatches per step."""
     remat: str = "elementwise"
-    """What the backward pass recomputes: none, elementwise or block."""
+    """What the backward pass recomputes: none, elementwise, mlp or block."""
+    residuals: str = "whole"
+    """How what is kept for it is kept: whole, or fp8 or int8 with a scale per token."""
+    loss_chunk: int = 2048
+    """Tokens whose logits exist at once."""
     dtype: str = "float32"
     """Of the computation: float32 or bfloat16."""
     param_dtype: str = "float32"
@@ -128,7 +132,13 @@ class Pretrain:
             "eval_batches",
         ):
             _at_least(self, name, 1)
-        for name in ("checkpoint_every", "log_every", "max_skips", "stride"):
+        for name in (
+            "checkpoint_every",
+            "log_every",
+            "loss_chunk",
+            "max_skips",
+            "stride",
+        ):
             _at_least(self, name, 1)
         _at_least(self, "seed", 0)
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -274,6 +284,38 @@ class Compare(Pretrain):
     jobs: int = 1
     """Trials at a time. With more than one, each has an equal share of the cores, and
     times are not comparable with those of other machines or settings."""
+
+
+@dataclass(frozen=True)
+class Plan(Pretrain):
+    """Say what a train step needs on a device, which need not be there.
+
+    Options of `pretrain` that shape the step hold here too; others are ignored.
+    """
+
+    preset: str = "llama-1b"
+    target: str = "cpu"
+    """h200, h100, a100, l4, rtx-4090, v5e, v5p, v6e or cpu; v5p:2x2x1 names a slice."""
+    batch: int = 8
+    seq: int = 2048
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    budget_gib: float | None = None
+    """Search for the fastest configurations that need no more: methods, ranks (unless
+    --rank is given), levels of recomputation, batches up to --batch."""
+    methods: str = "adamw,oasis"
+    """What a search looks at, names separated by commas."""
+    plans: int = 3
+    """How many plans a search prints at most, one per method and rank."""
+    json: bool = False
+    """As JSON."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, "plans", 1)
+        budget = self.budget_gib
+        if budget is not None and not (math.isfinite(budget) and budget > 0):
+            raise UserError(f"--budget-gib is {budget}, expected a positive number")
 
 
 def _at_least(config: Any, name: str, least: int) -> None:

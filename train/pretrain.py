@@ -63,6 +63,8 @@ def set_up(
             llama.preset(
                 config.preset,
                 remat=config.remat,
+                residuals=config.residuals,
+                loss_chunk=config.loss_chunk,
                 dtype=jnp.dtype(config.dtype),
                 param_dtype=jnp.dtype(config.param_dtype),
                 **changes,
