@@ -20,16 +20,15 @@ and once per step, in float32, with P (n_in, r):
     4 r^2 n_out     both moments carried
 
 An adapter of rank r takes 6 r (n_in + n_out) in place of the weight gradient. Attention
-over T tokens takes 4 T H E forward and 8 T H E backward, for H heads of size E: what lies
-above the diagonal is computed, and thrown away.
+over T tokens takes 4 T H E forward and 10 T H E backward, where the scores are made again,
+for H heads of size E: what lies above the diagonal is computed, and thrown away.
 
 Recomputation adds, per token:
 
-    none            nothing
-    elementwise     2 T H E, the scores
-    mlp             the same, and gate and up: 4 D F for width D and hidden F
-    block           4 T H E, and the forward pass of a block but for its last product:
-                    nearly 2 N, so that AdamW takes 8 N
+    none, elementwise   nothing
+    mlp                 gate, up and o_proj, and the projections
+    block               4 T H E, and the forward pass of a block but for its last product:
+                        nearly 2 N, so that AdamW takes 8 N; projections and tracking
 
 Elementwise operations are not counted: they take time by the bytes that they move.
 """
@@ -113,7 +112,7 @@ def llama_inputs(config: Any) -> tuple[Input, ...]:
     head = "embed/embedding" if c.tied else "lm_head/kernel"
     return (
         Input("blocks/attn/q_proj/kernel", c.width, qkv, c.layers, ("block",)),
-        Input("blocks/attn/o_proj/kernel", inner, c.width, c.layers, ("block",)),
+        Input("blocks/attn/o_proj/kernel", inner, c.width, c.layers, ("block", "mlp")),
         Input(
             "blocks/mlp/gate_proj/kernel",
             c.width,
@@ -126,9 +125,9 @@ def llama_inputs(config: Any) -> tuple[Input, ...]:
     )
 
 
-# In units of T H E: forward 4, backward 8, and what is made twice.
-_ATTENTION = {"none": 12, "block": 16}
-_ATTENTION_OTHERWISE = 14
+# In units of T H E: forward 4, backward 10.
+_ATTENTION = 14
+_ATTENTION_FORWARD = 4
 
 
 def train_work(
@@ -157,7 +156,7 @@ def train_work(
       True
     """
     tokens = batch * seq
-    heads = _ATTENTION.get(config.remat, _ATTENTION_OTHERWISE)
+    heads = _ATTENTION + (_ATTENTION_FORWARD if config.remat == "block" else 0)
     flops = float(
         heads * seq * config.heads * config.head_size * config.layers * tokens
     )
@@ -171,7 +170,7 @@ def train_work(
         rule = _rule(place.path, rules)
         forward = 2.0 * place.weights
         again = forward if config.remat in place.recomputed else 0.0
-        per_token, per_step, trained, held = _gradient(place, rule)
+        per_token, per_step, trained, held = _gradient(place, rule, config.remat)
         flops += tokens * (2 * forward + again + per_token) + per_step
         exact += per_step
         passes = accumulate * (3 if again else 2)
@@ -197,7 +196,9 @@ def _rule(path: str, rules: Sequence[Rule]) -> Rule | None:
     return next((r for r in rules if not r.inputs and re.search(r.pattern, path)), None)
 
 
-def _gradient(place: Input, rule: Rule | None) -> tuple[float, float, float, float]:
+def _gradient(
+    place: Input, rule: Rule | None, remat: str
+) -> tuple[float, float, float, float]:
     """Of all layers: flops per token, flops per step, numbers trained, numbers held."""
     n, out, layers = place.n_in, place.n_out, place.count
     rank = None if rule is None else rule.columns(n)
@@ -206,7 +207,10 @@ def _gradient(place: Input, rule: Rule | None) -> tuple[float, float, float, flo
     if isinstance(rule.tracker, Lora):
         adapter = layers * rank * (n + out)
         return 6.0 * adapter, 0.0, adapter, adapter
-    per_token = 2 * rank * out + 2 * n * rank * (1 + 1 / rule.stride)
+    inside = place.path.startswith("blocks/")
+    projections = 2 if inside and remat in ("mlp", "block") else 1
+    looks = (2 if inside and remat == "block" else 1) / rule.stride
+    per_token = 2 * rank * out + 2 * n * rank * (projections + looks)
     per_step = 2.0 * n * rank * out
     tracks = isinstance(rule.tracker, Oja | Complement) or rule.tracker == "oja"
     if tracks:

@@ -83,28 +83,47 @@ def test_gradients_and_moments_of_projected_kernels():
     assert needs(oasis) <= 0.15 * needs(adamw)
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise"])
-def test_saved_activations(remat):
-    """A projected model keeps no dense layer's input; a plain one keeps them all."""
+def kept(name: str, remat: str) -> list[tuple[int, ...]]:
+    """Shapes of what autodiff keeps of a step's loss."""
+    state, loss_fn, tokens = build(name, remat=remat)
+    probed = probe(state.subspace, state.params)
 
-    def widths(name):
-        state, loss_fn, tokens = build(name, remat=remat)
-        probed = probe(state.subspace, state.params)
+    def loss(params, subspace):
+        return loss_fn({"params": params, "subspace": subspace}, tokens)
 
-        def loss(params, subspace):
-            return loss_fn({"params": params, "subspace": subspace}, tokens)
+    return [a.shape for a in saved_activations(loss, state.params, probed)]
 
-        return [a.shape for a in saved_activations(loss, state.params, probed)]
 
-    oasis, adamw = widths("oasis"), widths("adamw")
-    # (layers, batch, tokens, n_in): norms' outputs feed q/k/v and gate/up. The
-    # residual stream, which the norms keep, has the same shape.
-    wide = (2, 4, 32, 64)
-    assert oasis.count(wide) <= adamw.count(wide) - 2
-    hidden = (2, 4, 32, 128)  # gate, up, and for a plain layer their product
-    assert oasis.count(hidden) == adamw.count(hidden) - 1
-    assert (2, 4, 32, 8) in oasis  # Z of q/k/v, gate/up, o_proj: r = 64 / 8
-    assert (2, 4, 32, 16) in oasis  # Z of down_proj
+WIDE, HIDDEN = (2, 4, 32, 64), (2, 4, 32, 128)  # layers, batch, tokens, n_in
+HEADS = (2, 4, 32, 4, 16)
+Z, Z_DOWN = (2, 4, 32, 8), (2, 4, 32, 16)  # r = n_in / 8
+
+
+def test_saved_activations():
+    """Without recomputation a plain model keeps every dense layer's input, a projected
+    one none of them: norms' outputs feed q/k/v and gate/up, SwiGLU's down_proj."""
+    oasis, adamw = kept("oasis", "none"), kept("adamw", "none")
+    assert oasis.count(WIDE) <= adamw.count(WIDE) - 2
+    assert oasis.count(HIDDEN) == adamw.count(HIDDEN) - 1
+    assert (oasis.count(Z), oasis.count(Z_DOWN)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "remat, wide, heads, hidden, z, z_down",
+    [
+        # The residual stream twice; q, k, v, attention's output; gate and up.
+        ("elementwise", 2, 4, 2, 3, 1),
+        ("mlp", 1, 4, 0, 0, 0),
+        ("block", 1, 0, 0, 0, 0),
+    ],
+)
+def test_saved_at_each_level(remat, wide, heads, hidden, z, z_down):
+    """What the level's names say, for both methods, and of each no more than once."""
+    for name, projections in (("oasis", (z, z_down)), ("adamw", (0, 0))):
+        shapes = kept(name, remat)
+        counts = [shapes.count(shape) for shape in (WIDE, HEADS, HIDDEN)]
+        assert counts == [wide, heads, hidden]
+        assert (shapes.count(Z), shapes.count(Z_DOWN)) == projections
 
 
 def test_step_memory_adds_up():
