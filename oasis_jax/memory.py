@@ -201,7 +201,12 @@ def step_parts(
         ),
         args,
     )
-    _, grads = jax.eval_shape(state.value_and_grad(_value_of(loss_fn)), *micro)
+    _, grads = jax.eval_shape(
+        # The state is an argument, for it may itself be shapes only.
+        lambda state, *micro: state.value_and_grad(_value_of(loss_fn))(*micro),
+        state,
+        *micro,
+    )
 
     def loss(params, probe, *args):
         return _value_of(loss_fn)({"params": params, sub.COLLECTION: probe}, *args)

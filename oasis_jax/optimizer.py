@@ -155,7 +155,7 @@ def decay_weights(
     def update(updates, params):
         return jax.tree.map(leaf, updates, params, is_leaf=is_step)
 
-    tx = optax.stateless(update)
+    tx = optax.stateless(update) if weight_decay else optax.identity()
     return tx if mask is None else optax.masked(tx, mask)
 
 

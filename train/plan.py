@@ -25,7 +25,7 @@ from oasis_jax.flops import train_work
 from oasis_jax.methods import row
 from oasis_jax.models import llama
 from train import report
-from train.config import METHOD_OPTIONS, Plan, UserError
+from train.config import METHOD_OPTIONS, Plan, Pretrain, UserError
 from train.pretrain import Setup, batch_shape, set_up, train_step
 
 GIB = targets.GIB
@@ -101,8 +101,13 @@ def as_flags(config: Plan) -> str:
         value = getattr(config, field.name)
         if field.name in _ASIDE or value is None:
             continue
-        if field.name in always or value != getattr(default, field.name):
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool) and field.name not in METHOD_OPTIONS:
+            # For `pretrain`, too, to which this is a line to start from.
+            if value != getattr(Pretrain, field.name):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif field.name in always or value != getattr(default, field.name):
+            words += [f"--{flag}", str(value)]
     return shlex.join(words)
 
 

@@ -106,10 +106,8 @@ def set_up(
         raise UserError(str(error)) from None
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        tokens, segments = batch["tokens"], batch["segments"][:, :-1]
-        targets = tokens[:, 1:]
-        total: Any = model.apply(variables, tokens[:, :-1], segments, targets)
-        return total / targets.size
+        total: Any = model.apply(variables, *_inputs(batch, config.cross_documents))
+        return total / batch["tokens"][:, 1:].size
 
     return Setup(model, selection, state, loss_fn)
 
@@ -259,20 +257,24 @@ def _evaluate(
     total = count = 0.0
     params = jax.jit(lambda state: state.merged_params())(state)
     for batch in data.validation(config.batch, config.seq, config.eval_batches):
-        losses, weights = _held_out(setup.model, params, batch)
+        losses, weights = _held_out(setup.model, config.cross_documents, params, batch)
         total += float(losses)
         count += float(weights)
     return {"val_loss": total / count, "val_tokens": int(count)}
 
 
-@partial(jax.jit, static_argnums=0)
-def _held_out(model: llama.Llama, params: Any, batch: Any):
-    tokens, segments = batch["tokens"], batch["segments"][:, :-1]
-    weights = batch["weights"]
-    total: Any = model.apply(
-        {"params": params}, tokens[:, :-1], segments, tokens[:, 1:], weights
-    )
+@partial(jax.jit, static_argnums=(0, 1))
+def _held_out(model: llama.Llama, cross_documents: bool, params: Any, batch: Any):
+    weights, inputs = batch["weights"], _inputs(batch, cross_documents)
+    total: Any = model.apply({"params": params}, *inputs, weights)
     return total, jnp.sum(weights)
+
+
+def _inputs(batch: Any, cross_documents: bool) -> tuple[Any, Any, Any]:
+    """What the model takes of a batch: tokens, segments and targets."""
+    tokens = batch["tokens"]
+    segments = None if cross_documents else batch["segments"][:, :-1]
+    return tokens[:, :-1], segments, tokens[:, 1:]
 
 
 def _record(
