@@ -24,18 +24,20 @@ from train.config import METHOD_OPTIONS, Compare, Pretrain, UserError, differenc
 class Trial:
     """One method at one learning rate with one seed."""
 
-    label: str  # as given: 'oasis' or 'oasis:0.5'
+    label: str  # as given: 'oasis', 'oasis:0.5' or 'oasis:0.5:int8'
     lr: float  # as given
     seed: int
 
     @property
     def rate(self) -> float:
         """The learning rate it trains with: as given, times its method's factor."""
-        return self.lr * row(self.label.partition(":")[0]).rate
+        return self.lr * row(_parts(self.label)[0]).rate
 
     @property
     def name(self) -> str:
-        return f"{self.label.replace(':', '-r')}-lr{self.rate:g}-seed{self.seed}"
+        name, rank, residuals = _parts(self.label)
+        rank, residuals = rank and f"-r{rank}", residuals and f"-{residuals}"
+        return f"{name}{rank}{residuals}-lr{self.rate:g}-seed{self.seed}"
 
 
 def run(config: Compare, *, console: Console | None = None) -> list[dict[str, Any]]:
@@ -76,7 +78,7 @@ def _check_methods(config: Compare, labels: Sequence[str]) -> None:
     """Refuses what would make a trial fail before it begins."""
     known = set()
     for label in labels:
-        name = label.partition(":")[0]
+        name = _parts(label)[0]
         try:
             known |= set(row(name).options)
         except ValueError as error:
@@ -93,10 +95,21 @@ def _check_methods(config: Compare, labels: Sequence[str]) -> None:
 
 def _settings(config: Compare, label: str) -> dict[str, Any]:
     """What of a trial's options depends on its label."""
-    name, _, rank = label.partition(":")
+    name, rank, residuals = _parts(label)
     own = row(name).options
     others = {o: None for o in METHOD_OPTIONS if o not in own}
-    return others | dict(method=name, rank=rank or config.rank)
+    return others | dict(
+        method=name,
+        rank=rank or config.rank,
+        residuals=residuals or config.residuals,
+    )
+
+
+def _parts(label: str) -> tuple[str, str, str]:
+    """Method, rank and width of residuals; '' where a label leaves them out."""
+    name, _, rest = label.partition(":")
+    rank, _, residuals = rest.partition(":")
+    return name, rank, residuals
 
 
 def _split(text: str) -> list[str]:

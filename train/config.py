@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oasis_jax.methods import METHODS, Recipe, method, row
+from oasis_jax.residuals import WIDTHS
 
 METHOD_OPTIONS = tuple(dict.fromkeys(o for m in METHODS.values() for o in m.options))
 """Every option that some method has; each is a field of `Pretrain`."""
@@ -154,6 +155,11 @@ class Pretrain:
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected"
                     " float32 or bfloat16"
                 )
+        if self.residuals not in WIDTHS:
+            raise UserError(
+                f"--residuals is {self.residuals!r}, expected one of"
+                f" {', '.join(WIDTHS)}"
+            )
         if self.batch % self.accumulate:
             raise UserError(
                 f"--batch {self.batch} does not divide into --accumulate"
@@ -275,8 +281,9 @@ class Compare(Pretrain):
     """
 
     methods: str = "adamw,oasis"
-    """Names separated by commas, or all; name:rank overrides --rank, as in oasis:0.5.
-    An option of some methods is for those that have it."""
+    """Names separated by commas, or all; name:rank:residuals overrides --rank and
+    --residuals, as in oasis:0.5 or oasis:0.5:int8. An option of some methods is for those
+    that have it."""
     lrs: str = "1e-3,3e-3,1e-2"
     """Peak learning rates, separated by commas; each method keeps its best. A method
     whose updates are scaled down takes them times its own factor."""

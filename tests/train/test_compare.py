@@ -111,6 +111,7 @@ def test_end_to_end(small):
 
 BAD = {
     "method": ("--methods=adamw,nosuch", "--methods: method is 'nosuch'"),
+    "residuals": ("--methods=oasis:0.5:int4", "--residuals is 'int4', expected one of"),
     "method twice": ("--methods=adamw,adamw", "expected distinct names"),
     "rates": ("--lrs=1e-3,fast", "--lrs is '1e-3,fast'"),
     "rate twice": ("--lrs=1e-3,0.001", "a number stands there twice"),
@@ -147,3 +148,19 @@ def test_a_failed_trial_says_why(small):
     config = dataclasses.replace(small, data="nowhere.txt")
     with pytest.raises(UserError, match=r"trial adamw-lr0.001-seed0: error: .*nowhere"):
         compare.run(config)
+
+
+@pytest.mark.parametrize(
+    ("label", "settings", "name"),
+    [
+        ("oasis", ("oasis", None, "whole"), "oasis-lr0.001-seed0"),
+        ("oasis:0.5", ("oasis", "0.5", "whole"), "oasis-r0.5-lr0.001-seed0"),
+        ("oasis:64:int8", ("oasis", "64", "int8"), "oasis-r64-int8-lr0.001-seed0"),
+        ("galore::fp8", ("galore", None, "fp8"), "galore-fp8-lr0.004-seed0"),
+    ],
+)
+def test_labels(label, settings, name):
+    """What a label says of a trial, and the folder of its own that the trial gets."""
+    said = compare._settings(Compare(), label)
+    assert (said["method"], said["rank"], said["residuals"]) == settings
+    assert compare.Trial(label, 1e-3, 0).name == name

@@ -225,6 +225,11 @@ BAD = {
         "preset is 'llama-2', expected one of llama-tiny",
     ),
     "remat": (dict(remat="all"), "remat is 'all'"),
+    "residuals": (
+        dict(residuals="int4"),
+        "--residuals is 'int4', expected one of whole",
+    ),
+    "loss chunk": (dict(loss_chunk=0), "--loss-chunk is 0, expected at least 1"),
     "lr": (dict(lr=-1.0), "--lr is -1.0"),
     "lr nan": (dict(lr=float("nan")), "--lr is nan"),
     "steps": (dict(steps=0), "--steps is 0, expected at least 1"),
@@ -239,8 +244,8 @@ BAD = {
 def test_bad_options(small, changes, sentence, capsys):
     words = flags(small)
     for name, value in changes.items():
-        words = [w for w in words if not w.startswith(f"--{name}=")]
-        words.append(f"--{name}={value}")
+        flag = f"--{name.replace('_', '-')}="
+        words = [*(w for w in words if not w.startswith(flag)), f"{flag}{value}"]
     assert main(words) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and sentence in said
