@@ -155,8 +155,17 @@ def decay_weights(
     def update(updates, params):
         return jax.tree.map(leaf, updates, params, is_leaf=is_step)
 
+    def of_leaves(tree):
+        # A `Step` is one leaf to the caller's function, with the axes of its kernel.
+        plain = jax.tree.map(
+            lambda u: u.coordinates if is_step(u) else u, tree, is_leaf=is_step
+        )
+        return mask(plain)
+
     tx = optax.stateless(update)
-    return tx if mask is None else optax.masked(tx, mask)
+    if mask is None:
+        return tx
+    return optax.masked(tx, of_leaves if callable(mask) else mask)
 
 
 def scale_by_oasis_adam(
