@@ -155,17 +155,19 @@ def decay_weights(
     def update(updates, params):
         return jax.tree.map(leaf, updates, params, is_leaf=is_step)
 
-    def of_leaves(tree):
-        # A `Step` is one leaf to the caller's function, with the axes of its kernel.
-        plain = jax.tree.map(
-            lambda u: u.coordinates if is_step(u) else u, tree, is_leaf=is_step
-        )
-        return mask(plain)
-
     tx = optax.stateless(update)
     if mask is None:
         return tx
-    return optax.masked(tx, of_leaves if callable(mask) else mask)
+    return optax.masked(tx, _of_leaves(mask) if callable(mask) else mask)
+
+
+def _of_leaves(mask: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """To the function a `Step` is one leaf, with as many axes as its kernel."""
+
+    def plain(update):
+        return update.coordinates if is_step(update) else update
+
+    return lambda tree: mask(jax.tree.map(plain, tree, is_leaf=is_step))
 
 
 def scale_by_oasis_adam(
