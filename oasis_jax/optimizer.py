@@ -156,7 +156,18 @@ def decay_weights(
         return jax.tree.map(leaf, updates, params, is_leaf=is_step)
 
     tx = optax.stateless(update) if weight_decay else optax.identity()
-    return tx if mask is None else optax.masked(tx, mask)
+    if mask is None:
+        return tx
+    return optax.masked(tx, _of_leaves(mask) if callable(mask) else mask)
+
+
+def _of_leaves(mask: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """To the function a `Step` is one leaf, with as many axes as its kernel."""
+
+    def plain(update):
+        return update.coordinates if is_step(update) else update
+
+    return lambda tree: mask(jax.tree.map(plain, tree, is_leaf=is_step))
 
 
 def scale_by_oasis_adam(

@@ -85,7 +85,8 @@ def narrowed(x: Array, width: str) -> Narrow:
     dtype, top = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}[width]
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / top, 1)
+    # Never zero, nor so small that it counts as zero; and a NaN stays one.
+    scale = jnp.maximum(largest / top, jnp.finfo(jnp.float32).tiny)
     values = wide / scale
     if width == "int8":
         values = jnp.round(values)
