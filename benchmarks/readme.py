@@ -29,6 +29,26 @@ def _machine(about: dict[str, Any]) -> str:
     )
 
 
+def _timed_on(result: dict[str, Any]) -> str:
+    """The machine of a result of `timing.py`, which clock it was, and its note."""
+    config = result["configuration"]
+    clock = {"wall": "wall time", "cpu": "time of the process on its core"}
+    said = [_machine(result["machine"]), clock[config["clock"]], config["note"]]
+    return "; ".join(part for part in said if part)
+
+
+def _workload(config: dict[str, Any]) -> str:
+    """What a result of `timing.py` worked on."""
+    layers, vocabulary = config["layers"], config["vocab_size"]
+    size = [] if layers is None else [f"{layers} layers"]
+    size += [] if vocabulary is None else [f"a vocabulary of {vocabulary:,}"]
+    return (
+        f"{config['preset']}{' with ' if size else ''}{' and '.join(size)},"
+        f" {config['batch']} x {config['seq']} tokens, {config['dtype']} computation,"
+        f" {config['param_dtype']} weights, rank {config['rank']} of n_in"
+    )
+
+
 def first_run() -> str:
     """What `make train` printed."""
     printed = (RESULTS / "first_run.txt").read_text().rstrip()
@@ -68,15 +88,12 @@ def methods() -> str:
 
 def step() -> str:
     result = _load("step_cpu.json")
-    config = result["configuration"]
     lines = [
-        f"One train step, OASIS against AdamW, alternating in one process:"
-        f" {config['preset']} with {config['layers']} layers and a vocabulary of"
-        f" {config['vocab_size']}, {config['batch']} x {config['seq']} tokens, rank"
-        f" {config['rank']:g} of n_in, {config['dtype']}, recomputation"
-        f" `{config['remat']}` ({_machine(result['machine'])}).",
+        "One train step, OASIS against AdamW, alternating in one process:"
+        f" {_workload(result['configuration'])} ({_timed_on(result)}).",
         "",
-        "| method | step (ms, median) | saved activations | gradients | optimizer | peak |",
+        "| method:recomputation | step (ms, median) | saved activations | gradients |"
+        " optimizer | peak |",
         "|:---|---:|---:|---:|---:|---:|",
     ]
     for name, milliseconds in result["step_ms_median"].items():
@@ -110,12 +127,48 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def frontier() -> str:
+    """The table and the picture of every device that has results."""
+    names = [n for n in ("cpu", "gpu") if (RESULTS / f"frontier_{n}.json").exists()]
+    if not names:
+        raise FileNotFoundError
+    return "\n\n".join(map(_frontier, names))
+
+
+def _frontier(name: str) -> str:
+    result = _load(f"frontier_{name}.json")
+    first = result["rows"][0]["configuration"]
+    lines = [
+        f"Step time in units of `{first}`, median and quartiles, and peak memory of"
+        f" {_workload(result['configuration'])} ({_timed_on(result)}):",
+        "",
+        "| method:recomputation:rank:residuals | step | quartiles | peak |"
+        " saved activations |",
+        "|:---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['configuration']} | failed | n/a | n/a | n/a |")
+            continue
+        ratio = row["ratio"]
+        cells = [
+            f"{ratio['median']:.3f}",
+            f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+            human_bytes(row["peak_bytes"] or row["compiled_peak_bytes"]),
+            human_bytes(row["memory"]["saved_activations"]),
+        ]
+        lines.append(f"| {row['configuration']} | {' | '.join(cells)} |")
+    picture = f"benchmarks/results/frontier_{name}.png"
+    return "\n".join(lines) + f"\n\n![Step time against peak memory]({picture})"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "first run": first_run,
     "quality": quality,
     "methods": methods,
     "step": step,
     "memory": memory,
+    "frontier": frontier,
 }
 
 

@@ -45,12 +45,16 @@ class Setup:
 
 
 def set_up(
-    config: Pretrain, vocab_size: int | None = None, *, abstract: bool = False
+    config: Pretrain,
+    vocab_size: int | None = None,
+    *,
+    layers: int | None = None,
+    abstract: bool = False,
 ) -> Setup:
     """Builds the model and a first state.
 
     Args:
-      vocab_size: The preset's own if None.
+      vocab_size, layers: The preset's own if None.
       abstract: Give the state's shapes only; nothing is computed or allocated.
 
     Raises:
@@ -58,7 +62,8 @@ def set_up(
     """
     try:
         recipe = config.recipe()
-        changes = {} if vocab_size is None else {"vocab_size": vocab_size}
+        given = {"vocab_size": vocab_size, "layers": layers}
+        changes = {name: size for name, size in given.items() if size is not None}
         model = llama.Llama(
             llama.preset(
                 config.preset,

@@ -376,6 +376,42 @@ def compare_plot(rows: Sequence[Record], path: Path) -> None:
     _save(figure, path)
 
 
+def frontier_plot(rows: Sequence[Record], path: Path) -> None:
+    """Draws step time against peak memory, with a line for each method's levels.
+
+    Args:
+      rows: One per configuration, in the order of a line: configuration (its name),
+        method, rank, residuals, compiled_peak_bytes, peak_bytes (None where the device
+        does not tell), and ratio, whose median is the time in units of the first row's.
+        Rows without a ratio failed, and have no point; rows with a rank or residuals of
+        their own are not on the line.
+      path: The PNG to write.
+    """
+    rows = [row for row in rows if "ratio" in row]
+    told = all(row["peak_bytes"] is not None for row in rows)
+    key = "peak_bytes" if told else "compiled_peak_bytes"
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = _axes(
+        figure.subplots(),
+        xlabel="peak memory (MiB), as the"
+        f" {'device' if told else 'compiler'} reports it",
+        ylabel=f"step time / that of {rows[0]['configuration']}",
+    )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    points = []
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        color = COLORS[index % len(COLORS)]
+        line = []
+        for row in (row for row in rows if row["method"] == method):
+            x, y = row[key] / 2**20, row["ratio"]["median"]
+            points.append((x, y, row["configuration"], color))
+            if not row["rank"] and row["residuals"] == "whole":
+                line.append((x, y))
+        axes.plot(*np.reshape(line, (-1, 2)).T, color=color, linewidth=1.2)
+    _labelled_points(axes, points)
+    _save(figure, path)
+
+
 def _labelled_points(
     axes: Axes, points: Sequence[tuple[float, float, str, str]]
 ) -> None:

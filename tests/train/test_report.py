@@ -15,6 +15,7 @@ from train.report import (
     compare_markdown,
     compare_plot,
     energy_plot,
+    frontier_plot,
     human_bytes,
     loss_plot,
     memory_table,
@@ -229,6 +230,25 @@ def test_differences_need_a_baseline_that_converged(baseline):
 def test_compare_plot(tmp_path, rows):
     compare_plot(rows, tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
+
+
+@pytest.mark.parametrize("told", [None, 3 * 2**20])
+def test_frontier_plot(tmp_path, told):
+    def point(level, rank, peak):
+        return {
+            "configuration": f"oasis:{level}",
+            "method": "oasis",
+            "rank": rank,
+            "residuals": "whole",
+            "compiled_peak_bytes": peak,
+            "peak_bytes": told,
+            "ratio": {"median": 1 + 1 / peak},
+        }
+
+    rows = [point("none", "", 2**21), point("block", "", 2**20), point("mlp", "8", 9)]
+    failed = {"configuration": "adamw:none", "method": "adamw", "failed": "no memory"}
+    frontier_plot([*rows, failed], tmp_path / "frontier.png")
+    assert_picture(tmp_path / "frontier.png")
 
 
 # --- Memory -------------------------------------------------------------------------

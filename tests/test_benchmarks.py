@@ -1,0 +1,73 @@
+"""The benchmarks' scripts, as they are called, at sizes that say nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+ROOT = Path(__file__).parent.parent
+TINY = "--preset llama-tiny --layers 1 --vocab-size 64 --batch 2 --seq 16 --rounds 2"
+
+
+def run(script: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *TINY.split(), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_step(tmp_path):
+    out = tmp_path / "step.json"
+    result = run("step.py", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    step = json.loads(out.read_text())
+    names = {"oasis:elementwise", "adamw:elementwise"}
+    assert set(step["ratio_median"]) == {"oasis:elementwise/adamw:elementwise"}
+    for key in ("step_ms_median", "memory", "tokens_per_s", "model_flop_utilisation"):
+        assert set(step[key]) == names
+    assert all(len(times) == 2 for times in step["step_ms"].values())
+    assert step["machine"]["jax"] == step["versions"]["jax"]
+    # A CPU tells neither its peak nor what it held.
+    assert set(step["model_flop_utilisation"].values()) == {None}
+    assert set(step["peak_bytes"].values()) == {None}
+
+
+@pytest.fixture(scope="module")
+def frontier(tmp_path_factory):
+    out = tmp_path_factory.mktemp("frontier") / "frontier.json"
+    words = "adamw:none nosuch:none oasis:mlp:8:int8".split()
+    result = run(
+        "frontier.py", "--alone", "--configurations", *words, "--out", str(out)
+    )
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.mark.slow  # three processes
+def test_frontier(frontier):
+    result = json.loads(frontier.read_text())
+    assert result["processes"] == "one each"
+    first, unknown, other = result["rows"]
+    assert first["ratio"]["median"] == pytest.approx(1, rel=1e-6)
+    assert "nosuch" in unknown["failed"]
+    assert (other["rank"], other["residuals"]) == ("8", "int8")
+    assert other["ratio"]["low"] <= other["ratio"]["median"] <= other["ratio"]["high"]
+    assert len(other["step_seconds"]) == 2
+    assert other["compiled_peak_bytes"] == other["memory"]["peak"] > 0
+
+
+@pytest.mark.slow
+def test_frontier_picture(frontier):
+    assert imread(frontier.with_suffix(".png")).ndim == 3
+
+
+def test_a_wrong_configuration_is_one_line():
+    result = run("step.py", "--configurations", "oasis")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: configuration is 'oasis', expected method:")
+    assert len(result.stderr.splitlines()) == 1
