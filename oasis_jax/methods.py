@@ -10,6 +10,7 @@ gradient has. A new method is a new row, and at most one new part.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,12 @@ from optax import contrib
 from oasis_jax.gradient_side import galore, ldadam, osd
 from oasis_jax.leaves import per_leaf, scale_matching, unstacked
 from oasis_jax.lora import Lora
-from oasis_jax.optimizer import adam_in_coordinates, lift_updates, oasis_adam
+from oasis_jax.optimizer import (
+    adam_in_coordinates,
+    decay_weights,
+    lift_updates,
+    oasis_adam,
+)
 from oasis_jax.paths import map_with_paths
 from oasis_jax.proximal import proximal
 from oasis_jax.select import Rule
@@ -43,7 +49,7 @@ class Recipe(NamedTuple):
     """A method with all its options settled.
 
     Attributes:
-      rules: For `OasisTrainState.create`.
+      rules: For `OasisTrainState.create`, which the optimizer is for, too.
       optimizer: `optimizer(learning_rate, peak=None, b1=..., b2=..., weight_decay=...)`;
         `peak` is a schedule's largest value, for those that need it. What is not given
         is the method's own default.
@@ -127,6 +133,11 @@ def _adamw(learning_rate: Any, b1=0.9, b2=0.999, weight_decay=0.0) -> Any:
     return oasis_adam(learning_rate, b1, b2, weight_decay=weight_decay)
 
 
+# Lifted into the weights, which on a CPU takes a third less memory than full-size updates
+# do, and on a GPU as much (llama-350m, compiled): the widest product is one layer's.
+_in_place = partial(oasis_adam, in_place=True)
+
+
 def _plain(factory: Callable) -> Callable[[SimpleNamespace], Recipe]:
     return lambda s: Recipe((), _with(factory))
 
@@ -136,7 +147,7 @@ def _oasis(
 ) -> Callable[[SimpleNamespace], Recipe]:
     def build(s: SimpleNamespace) -> Recipe:
         rule = Rule(s.pattern, s.rank, tracker(s), s.stride)
-        return Recipe((rule,), _with(oasis_adam, transport=transport))
+        return Recipe((rule,), _with(_in_place, transport=transport))
 
     return build
 
@@ -171,14 +182,14 @@ def _rso(s: SimpleNamespace) -> Recipe:
     tracker = Random(s.interval, s.kind)
     rules = (Rule(s.pattern, s.rank, tracker, s.stride),)
     if s.proximal is None:
-        return Recipe(rules, _with(oasis_adam, transport="reset"))
+        return Recipe(rules, _with(_in_place, transport="reset"))
 
     def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
         adam = adam_in_coordinates(b1, b2, transport="reset")
         return optax.chain(
             proximal(adam, learning_rate, s.proximal, pattern=s.pattern),
-            lift_updates(),
-            optax.add_decayed_weights(weight_decay),
+            lift_updates(in_place=True),
+            decay_weights(weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -192,7 +203,7 @@ def _compact(s: SimpleNamespace) -> Recipe:
         # Attention keeps its output anyway, so o_proj is not projected; but it must not
         # learn faster than what is.
         return optax.chain(
-            oasis_adam(learning_rate, scale=s.scale, transport="keep", **adam),
+            _in_place(learning_rate, scale=s.scale, transport="keep", **adam),
             scale_matching("o_proj", s.out_scale * s.scale),
         )
 
