@@ -9,6 +9,7 @@ JSON in `benchmarks/results/`; a section without results stays as it is.
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,8 @@ def quality() -> str:
         f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
         f" {Path(config['data'] or 'the standard library').name} at each method's best"
         f" learning rate; mean over seeds {rows[0]['seeds']}, of ablations over seeds"
-        f" {rows[-1]['seeds']}"
-        f" ({_machine(rows[0]['machine'])}; times in this table are of trials that ran"
-        " side by side and mean nothing):\n\n"
-        + compare_markdown(rows)
+        f" {rows[-1]['seeds']} ({_machine(rows[0]['machine'])}):\n\n"
+        + compare_markdown(rows, losses_only=True)
         + "\n![Loss of the methods](benchmarks/results/quality.png)"
     )
 
@@ -106,24 +105,52 @@ def step() -> str:
     return "\n".join(lines)
 
 
-def memory() -> str:
-    rows = _load("memory.json")
-    config = rows["configuration"]
-    ranks = sorted({row["rank"] for row in rows["rows"] if row["rank"]})
-    lines = [
-        "Peak of the whole compiled step (arguments + outputs + temporaries - aliased,"
-        f" as the compiler reports it) for {config['preset']}, {config['batch']} x"
-        f" {config['seq']} tokens, {config['dtype']} computation, float32 weights"
-        f" ({_machine(rows['machine'])}). Recomputation is there for AdamW as well, so"
-        " compare within a column, and with AdamW's best:",
-        "",
-        f"| method | {' | '.join(config['remats'])} |",
-        "|:---|" + "---:|" * len(config["remats"]),
+def plans() -> str:
+    """One row a configuration, one column a device, and shares of AdamW's."""
+    found = {}
+    for name in ("h200", "v5p"):
+        with suppress(FileNotFoundError):
+            found[name] = _load(f"plan_{name}.json")
+    if not found:
+        raise FileNotFoundError("plan_*.json")
+
+    def key(plan: dict[str, Any]) -> tuple[str, str, str]:
+        names = ("method", "remat", "residuals")
+        return tuple(plan["configuration"][name] for name in names)
+
+    peaks = {
+        target: {key(plan): plan["peak_bytes"] for plan in result["plans"]}
+        for target, result in found.items()
+    }
+    first = next(iter(found.values()))
+    config, versions = first["plans"][0]["configuration"], first["versions"]
+    compilers = [
+        f"{name} {versions[name]}"
+        for name in ("jax", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "libtpu")
+        if versions.get(name)
     ]
-    for label, rank in [("AdamW", None), *((f"OASIS, r = {r:g} n", r) for r in ranks)]:
-        peaks = {r["remat"]: r["peak"] for r in rows["rows"] if r["rank"] == rank}
-        cells = [human_bytes(peaks[remat]) for remat in config["remats"]]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines = [
+        "Peak of the whole compiled step (arguments + outputs + temporaries - aliased, as"
+        f" the compiler reports it) of {config['preset']}, {config['batch']} x"
+        f" {config['seq']} tokens, {config['param_dtype']} weights, float32 moments, OASIS"
+        f" at r = 256, compiled for a device that was not there ({', '.join(compilers)});"
+        " in brackets, as a share of AdamW's without recomputation and with that of whole"
+        " blocks:",
+        "",
+        f"| method | recomputation | residuals | {' | '.join(peaks)} |",
+        "|:---|:---|:---|" + "---:|" * len(peaks),
+    ]
+    for row in dict.fromkeys(k for own in peaks.values() for k in own):
+        cells = []
+        for own in peaks.values():
+            shares = [
+                f"{own[row] / own[base]:.2f}"
+                for base in (("adamw", level, "whole") for level in ("none", "block"))
+                if row in own and base in own
+            ]
+            cell = human_bytes(own[row]) if row in own else "n/a"
+            cells.append(f"{cell} ({', '.join(shares)})" if shares else cell)
+        lines.append(f"| {' | '.join((*row, *cells))} |")
     return "\n".join(lines)
 
 
@@ -167,7 +194,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "methods": methods,
     "step": step,
-    "memory": memory,
+    "plans": plans,
     "frontier": frontier,
 }
 

@@ -281,7 +281,9 @@ def _save(figure: Figure, path: Path) -> None:
 # --- Comparisons of methods ---------------------------------------------------------
 
 
-def compare_markdown(rows: Sequence[Record], baseline: str = "adamw") -> str:
+def compare_markdown(
+    rows: Sequence[Record], baseline: str = "adamw", *, losses_only: bool = False
+) -> str:
     """Two Markdown tables: the methods at their best, and every learning rate's loss.
 
     Args:
@@ -292,6 +294,7 @@ def compare_markdown(rows: Sequence[Record], baseline: str = "adamw") -> str:
         ignored; None is shown as 'n/a', and a loss that is None, NaN or infinite as
         'diverged'.
       baseline: The method that differences in loss refer to.
+      losses_only: Leave out times and bytes.
     """
     rows = sorted(rows, key=lambda row: (not _converged(row["val_loss"]), _loss(row)))
     base = next((_loss(row) for row in rows if row["method"] == baseline), math.nan)
@@ -317,7 +320,10 @@ def compare_markdown(rows: Sequence[Record], baseline: str = "adamw") -> str:
         "lr": _column(rows, "lr", "{:g}".format),
         "rank": _column(rows, "rank", "{:g}".format),
     }
-    if not any(row.get("basis_bytes") for row in rows):
+    if losses_only:
+        kept = ("method", "val loss", f"vs {baseline}", "lr", "rank")
+        columns = {name: columns[name] for name in kept}
+    elif not any(row.get("basis_bytes") for row in rows):
         del columns["bases"]
     rates = sorted({_nominal(trial) for row in rows for trial in row["all"]})
     return "\n".join(
