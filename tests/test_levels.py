@@ -93,6 +93,8 @@ def test_every_level_and_width_trains(remat, width):
     value, exact = gradients("oasis", "none")
     np.testing.assert_allclose(losses[0], value, rtol=1e-5)  # the forward pass is exact
     difference = optax.tree.norm(optax.tree.sub(first, exact.params))
+    # Rounding to three bits of mantissa is off by 2.6 % in the mean, to int8 by some 0.5 %
+    # where the largest entry is three deviations; a gradient is a product of several.
     allowed = {"whole": 1e-5, "int8": 0.02, "fp8": 0.1}[width]
     assert difference < allowed * optax.tree.norm(exact.params)
 
