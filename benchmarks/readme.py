@@ -78,7 +78,7 @@ def methods() -> str:
         f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
         f" {Path(config['data'] or 'the standard library').name}, each method with its"
         f" published defaults (`python -m train methods`) at its best of three learning"
-        f" rates, seed {rows[0]['seeds'][0]}; bytes counted from the compiled step"
+        f" rates, seed {rows[0]['seeds'][0]}; `peak` is the compiled step's"
         f" ({_machine(rows[0]['machine'])}):\n\n"
         + compare_markdown(rows)
         + "\n![Loss and memory of the methods](benchmarks/results/methods.png)"

@@ -349,7 +349,8 @@ def compare_plot(rows: Sequence[Record], path: Path) -> None:
       path: The PNG to write. Diverged methods end where their loss does and have no
         point; methods without `peak_bytes` have no point either.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    crowded = len(rows) > 10
+    figure = Figure(figsize=(12 if crowded else 10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _axes(left, xlabel="step", ylabel="validation loss")
     _axes(right, xlabel="peak memory (MiB)", ylabel="validation loss")
@@ -357,13 +358,24 @@ def compare_plot(rows: Sequence[Record], path: Path) -> None:
     points = []
     for index, row in enumerate(rows):
         color, name = COLORS[index % len(COLORS)], row["method"]
-        style = ("-", "--", ":")[index // len(COLORS) % 3]
+        line, marker = (("-", "o"), ("--", "s"), (":", "^"))[index // len(COLORS) % 3]
         curve = np.array(row["curve"], dtype=np.float64).reshape(-1, 2)
         converged = _converged(row["val_loss"])
         label = name if converged else f"{name} (diverged)"
-        left.plot(*curve.T, style, color=color, linewidth=1.6, label=label)
+        left.plot(
+            *curve.T,
+            line,
+            color=color,
+            linewidth=1.6,
+            label=label,
+            marker=marker if crowded else None,
+            markevery=[-1],
+        )
         if converged and row["peak_bytes"]:
-            points.append((row["peak_bytes"] / 2**20, row["val_loss"], name, color))
+            x, y = row["peak_bytes"] / 2**20, row["val_loss"]
+            if crowded:
+                right.plot(x, y, marker, color=color, markersize=7)
+            points.append((x, y, name, color))
     # Neither the fall of the first fifth, much the same for every method, nor a curve
     # on its way to infinity should flatten the rest.
     curves = [row["curve"] for row in rows if _converged(row["val_loss"])]
@@ -377,8 +389,20 @@ def compare_plot(rows: Sequence[Record], path: Path) -> None:
     if late:
         margin = 0.05 * (max(late) - min(late)) or 0.1
         left.set_ylim(min(late) - margin, max(late) + margin)
-    left.legend(frameon=False, fontsize=9)
-    _labelled_points(right, points)
+    if crowded:
+        # Names beside so many points would cover each other; listed as the lines end.
+        handles, names = left.get_legend_handles_labels()
+        order = np.argsort([-_loss(row) for row in rows])  # what diverged comes last
+        figure.legend(
+            [handles[i] for i in order],
+            [names[i] for i in order],
+            loc="outside right center",
+            frameon=False,
+            fontsize=9,
+        )
+    else:
+        left.legend(frameon=False, fontsize=9)
+        _labelled_points(right, points)
     _save(figure, path)
 
 
