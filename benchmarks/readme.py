@@ -50,6 +50,16 @@ def _workload(config: dict[str, Any]) -> str:
     )
 
 
+def _losses(rows: list[dict[str, Any]]) -> str:
+    """What a comparison measured, as the start of a sentence."""
+    config = rows[0]["config"]
+    return (
+        f"Validation loss (nats per byte, token-weighted) of {config['preset']} after"
+        f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
+        f" {Path(config['data'] or 'the standard library').name}"
+    )
+
+
 def first_run() -> str:
     """What `make train` printed."""
     printed = (RESULTS / "first_run.txt").read_text().rstrip()
@@ -58,11 +68,8 @@ def first_run() -> str:
 
 def quality() -> str:
     rows = _load("quality.json")
-    config = rows[0]["config"]
     return (
-        f"Validation loss (nats per byte, token-weighted) of {config['preset']} after"
-        f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
-        f" {Path(config['data'] or 'the standard library').name} at each method's best"
+        f"{_losses(rows)} at each method's best"
         f" learning rate; mean over seeds {rows[0]['seeds']}, of ablations over seeds"
         f" {rows[-1]['seeds']} ({_machine(rows[0]['machine'])}):\n\n"
         + compare_markdown(rows, losses_only=True)
@@ -72,11 +79,8 @@ def quality() -> str:
 
 def methods() -> str:
     rows = _load("methods.json")
-    config = rows[0]["config"]
     return (
-        f"Validation loss (nats per byte, token-weighted) of {config['preset']} after"
-        f" {config['steps']} steps of {config['batch']} x {config['seq']} bytes of"
-        f" {Path(config['data'] or 'the standard library').name}, each method with its"
+        f"{_losses(rows)}, each method with its"
         f" published defaults (`python -m train methods`) at its best of three learning"
         f" rates, seed {rows[0]['seeds'][0]}; `peak` is the compiled step's"
         f" ({_machine(rows[0]['machine'])}):\n\n"

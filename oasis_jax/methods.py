@@ -133,8 +133,8 @@ def _adamw(learning_rate: Any, b1=0.9, b2=0.999, weight_decay=0.0) -> Any:
     return oasis_adam(learning_rate, b1, b2, weight_decay=weight_decay)
 
 
-# Lifted into the weights, which on a CPU takes a third less memory than full-size updates
-# do, and on a GPU as much (llama-350m, compiled): the widest product is one layer's.
+# Lifted into the weights: of the product P D, one layer's exists at a time. On a CPU the
+# compiled peak is smaller than with full-size updates, on a GPU it is the same.
 _in_place = partial(oasis_adam, in_place=True)
 
 
