@@ -13,7 +13,7 @@ import pytest
 
 from oasis_jax.methods import METHODS
 from oasis_jax.trackers import BlockMean, Complement, Oja, Random, Svd
-from train import compare, pretrain
+from train import compare, loop, pretrain
 from train.__main__ import main
 from train.config import METHOD_OPTIONS, Pretrain, UserError
 from train.methods import record
@@ -195,7 +195,7 @@ RANKS = {
 @pytest.mark.parametrize("options, rank", RANKS.values(), ids=RANKS)
 def test_rank_reaches_the_rule(options, rank):
     assert rule(**options).rank == rank
-    assert pretrain._rank(Pretrain(**options)) == rank
+    assert loop._rank(Pretrain(**options)) == rank
 
 
 def test_pattern_and_stride_reach_the_rule():
