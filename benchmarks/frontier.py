@@ -15,7 +15,7 @@ import jax
 import timing
 import tyro
 
-from oasis_jax.models import llama
+from oasis_jax.models.blocks import REMAT
 from train import report
 from train.config import UserError
 
@@ -28,10 +28,10 @@ class Config(timing.Workload):
     seq: int = 256
     rounds: int = 6
     configurations: tuple[str, ...] = (
-        *(f"adamw:{level}" for level in llama.REMAT),
+        *(f"adamw:{level}" for level in REMAT),
         "lora:elementwise",
         "galore:elementwise",
-        *(f"oasis:{level}" for level in llama.REMAT),
+        *(f"oasis:{level}" for level in REMAT),
         "oasis:elementwise::int8",
     )
     """method:remat[:rank[:residuals]]; times are in units of the first's."""

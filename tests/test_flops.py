@@ -10,6 +10,7 @@ from oasis_jax import OasisTrainState
 from oasis_jax.flops import EXACT, Work, llama_inputs, train_work
 from oasis_jax.methods import method
 from oasis_jax.models import llama
+from oasis_jax.models.blocks import REMAT
 from oasis_jax.select import Rule
 from oasis_jax.targets import TARGETS
 
@@ -49,7 +50,7 @@ ADAMW, OASIS, STRIDED = (
 CASES = {
     f"{name}-{remat}": (recipe, remat)
     for name, recipe in {"adamw": ADAMW, "oasis": OASIS}.items()
-    for remat in llama.REMAT
+    for remat in REMAT
 } | {"strided": (STRIDED, "elementwise")}
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from oasis_jax import OasisTrainState
 from oasis_jax.methods import method
-from oasis_jax.models.llama import REMAT, Llama, LlamaConfig, token_losses
+from oasis_jax.models.blocks import REMAT
+from oasis_jax.models.llama import Llama, LlamaConfig, token_losses
 from oasis_jax.residuals import WIDTHS
 
 SMALL = LlamaConfig(32, 16, 40, 2, 4, 2)

@@ -24,6 +24,7 @@ from oasis_jax.compat import without_accelerators
 from oasis_jax.flops import train_work
 from oasis_jax.methods import row
 from oasis_jax.models import llama
+from oasis_jax.models.blocks import REMAT
 from train import report
 from train.config import METHOD_OPTIONS, Plan, Pretrain, UserError
 from train.pretrain import Setup, batch_shape, set_up, train_step
@@ -200,7 +201,7 @@ def variants(config: Plan) -> list[Plan]:
         found += [
             replace(_as_method(config, name), rank=rank, remat=remat)
             for rank in ranks
-            for remat in llama.REMAT
+            for remat in REMAT
         ]
     return found
 

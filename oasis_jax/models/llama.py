@@ -1,22 +1,12 @@
 """LLaMA in Flax linen: scanned blocks, grouped queries, RoPE, RMSNorm, SwiGLU.
 
 Built of projectable layers, with one projection for q/k/v and one for gate/up. The
-parameters are those of the same model built with `nn.Dense`.
-
-Recomputation (`remat`) never changes the parameters. Each level keeps of a block its
-input, and what has these names (`oasis_jax.residuals`):
-
-    none          everything that autodiff wants to keep
-    elementwise   coefficients, observed, qkv, attention, middle, gate_up: all that a matrix
-                  product or attention made; norms, SwiGLU and the rotary embedding are
-                  recomputed
-    mlp           observed, qkv, attention: what costs most to make again, a byte
-    block         nothing
+parameters are those of the same model built with `nn.Dense`, at every level of
+recomputation (`models/blocks.py`).
 
 Shape suffixes: B batch, T tokens, D width, H query heads, K key/value heads, E head size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,30 +19,9 @@ from jax import Array
 from oasis_jax.attention import attention
 from oasis_jax.linen import DenseWeights, OasisDense, input_projection, shared_dense
 from oasis_jax.losses import chunked_cross_entropy
+from oasis_jax.models.blocks import blocks, check_kept
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
-from oasis_jax.residuals import (
-    ATTENTION,
-    COEFFICIENTS,
-    GATE_UP,
-    MIDDLE,
-    OBSERVED,
-    QKV,
-    WIDTHS,
-    keep,
-    narrow,
-    policy,
-)
-from oasis_jax.subspace import COLLECTION
-
-KEPT: dict[str, tuple[str, ...] | None] = {
-    "none": None,
-    "elementwise": (COEFFICIENTS, OBSERVED, QKV, ATTENTION, MIDDLE, GATE_UP),
-    "mlp": (OBSERVED, QKV, ATTENTION),
-    "block": (),
-}
-"""What each level of recomputation keeps, by name; None is everything."""
-
-REMAT = tuple(KEPT)
+from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
 
 
 @dataclass(frozen=True)
@@ -102,7 +71,7 @@ class LlamaConfig:
       qkv_bias: Whether q, k and v have biases (Qwen 2).
       qk_norm: Whether each head of q and k passes an RMSNorm (Qwen 3).
       dtype, param_dtype: Of the computation and of the parameters.
-      remat: One of `REMAT`.
+      remat: One of `blocks.REMAT`.
       residuals: What is kept of a block: 'whole', or 'fp8' or 'int8' with a scale per
         token (`oasis_jax.residuals`).
       loss_chunk: Tokens whose logits exist at once where the loss is asked for.
@@ -129,11 +98,7 @@ class LlamaConfig:
     loss_chunk: int = 2048
 
     def __post_init__(self):
-        for name, known in (("remat", REMAT), ("residuals", WIDTHS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {known}"
-                )
+        check_kept(self.remat, self.residuals)
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.heads} heads do not divide into {self.kv_heads} kv heads"
@@ -341,19 +306,6 @@ class Block(nn.Module):
         return x_BTD, None
 
 
-def _layer(config: LlamaConfig) -> Callable[..., Array]:
-    """A block as a function of its variables and its input."""
-
-    def layer(variables: Any, x_BTD: Array, segments_BT: Array | None) -> Array:
-        return Block(config, parent=None).apply(variables, x_BTD, segments_BT)[0]
-
-    names = KEPT[config.remat]
-    if names is not None:
-        # Inside a scan there is nothing to eliminate, and the barrier costs time.
-        layer = jax.checkpoint(layer, policy=policy(names), prevent_cse=False)
-    return narrow(layer, config.residuals)
-
-
 class Llama(nn.Module):
     """Tokens (B, T) int32 to logits (B, T, vocabulary) float32.
 
@@ -398,7 +350,7 @@ class Llama(nn.Module):
             embedding_init=nn.initializers.normal(0.02),
             name="embed",
         )
-        x_BTD = self._blocks(embed(tokens), segments)
+        x_BTD = blocks(self, Block, embed(tokens), segments)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         place = None
         if c.tied:
@@ -423,32 +375,6 @@ class Llama(nn.Module):
             return embed.attend(x_BTD).astype(jnp.float32)
         (logits,) = place(x_BTD, {"kernel": kernel})
         return logits.astype(jnp.float32)
-
-    def _blocks(self, x_BTD: Array, segments_BT: Array | None) -> Array:
-        c = self.config
-        if self.is_initializing():
-            scanned = nn.scan(
-                Block,
-                variable_axes={"params": 0, COLLECTION: 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=c.layers,
-            )
-            return scanned(c, name="blocks")(x_BTD, segments_BT)[0]
-        # A function of arrays, so that any transformation of JAX goes around it, and
-        # no name of a scope depends on which.
-        layer = _layer(c)
-        stacked = {
-            name: collection["blocks"]
-            for name, collection in self.variables.items()
-            if "blocks" in collection
-        }
-        x_BTD, _ = jax.lax.scan(
-            lambda x, variables: (layer(variables, x, segments_BT), None),
-            x_BTD,
-            stacked,
-        )
-        return x_BTD
 
 
 def token_losses(logits: Array, targets: Array) -> Array:

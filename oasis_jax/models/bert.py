@@ -1,0 +1,236 @@
+"""BERT and RoBERTa in Flax linen: post-norm encoders with learned positions.
+
+Built as `models/llama.py` is: projectable layers, one projection for q/k/v, scanned
+blocks with the levels of recomputation of `models/blocks.py`. There is no dropout.
+
+Shape suffixes: B batch, T tokens, D width, H heads, E head size.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from oasis_jax.attention import attention
+from oasis_jax.linen import OasisDense, input_projection, shared_dense
+from oasis_jax.models.blocks import blocks, check_kept
+from oasis_jax.nonlinear import compressed, compressed_layer_norm
+from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Shapes and dtypes of an encoder.
+
+    Attributes:
+      width, hidden: Of the residual stream and of the MLP.
+      layers, heads: Counts; `width` must divide by `heads`.
+      positions: The most tokens of a sequence.
+      types: Kinds of segments, such as first and second sentence.
+      labels: Outputs of the classifier; 0 gives hidden states instead.
+      position_offset: 0, or where RoBERTa's positions start, which counts tokens other
+        than padding and has a position of its own, one less, for that.
+      pad: The token of padding; it matters with a `position_offset` only.
+      dtype, param_dtype: Of the computation and of the parameters.
+      remat: One of `blocks.REMAT`.
+      residuals: As in `LlamaConfig`.
+    """
+
+    vocab_size: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    positions: int
+    types: int = 2
+    labels: int = 0
+    norm_eps: float = 1e-12
+    position_offset: int = 0
+    pad: int = 0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "elementwise"
+    residuals: str = "whole"
+
+    def __post_init__(self):
+        check_kept(self.remat, self.residuals)
+        if self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} does not divide into {self.heads} heads"
+            )
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with scale and bias, computed in float32."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c, size = self.config, x_BTD.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, size, c.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, size, c.param_dtype)
+        place = input_projection(self, "input", *size)
+        if place.active:
+            return compressed_layer_norm(
+                x_BTD,
+                scale,
+                bias,
+                place.basis,
+                place.energy,
+                eps=c.norm_eps,
+                stride=place.stride,
+            )
+        return _layer_norm(x_BTD, scale, bias, eps=c.norm_eps)
+
+
+class Attention(nn.Module):
+    """Attention of every token to all of its segment."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> Array:
+        c = self.config
+        names = ("q_proj", "k_proj", "v_proj")
+        options = _dense_options(c)
+        qkv = shared_dense(self, "qkv", x_BTD, dict.fromkeys(names, c.width), **options)
+        heads = [a.reshape(*a.shape[:-1], c.heads, -1) for a in qkv]
+        q, k, v = keep(heads, QKV)
+        out_BTHE = attention(q, k, v, segments_BT, causal=False)
+        out_BTD = out_BTHE.reshape(x_BTD.shape)
+        return OasisDense(c.width, name="o_proj", **options)(out_BTD)
+
+
+class MLP(nn.Module):
+    """Two layers with an exact GELU between them."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c = self.config
+        options = _dense_options(c)
+        up = keep(OasisDense(c.hidden, name="up_proj", **options)(x_BTD), GATE_UP)
+        place = input_projection(self, "gelu", c.hidden)
+        if place.active:
+            hidden = compressed(
+                _gelu, up, place.basis, place.energy, stride=place.stride
+            )
+        else:
+            hidden = _gelu(up)
+        return OasisDense(c.width, name="down_proj", **options)(hidden)
+
+
+class Block(nn.Module):
+    """One layer, normalised after each sum; returns `(x, None)`."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> tuple[Array, None]:
+        c = self.config
+        x_BTD = keep(x_BTD + Attention(c, name="attn")(x_BTD, segments_BT), MIDDLE)
+        x_BTD = LayerNorm(c, name="attn_norm")(x_BTD)
+        x_BTD += MLP(c, name="mlp")(x_BTD)
+        return LayerNorm(c, name="mlp_norm")(x_BTD), None
+
+
+class Embeddings(nn.Module):
+    """Sum of a token's, a position's and a type's vector, normalised."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: Array, types_BT: Array) -> Array:
+        c = self.config
+        table = partial(
+            nn.Embed,
+            features=c.width,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            embedding_init=_init,
+        )
+        word = table(c.vocab_size, name="word")(tokens_BT)
+        rows = c.positions + c.position_offset
+        position = table(rows, name="position")(_positions(c, tokens_BT))
+        kind = table(c.types, name="type")(types_BT)
+        return LayerNorm(c, name="norm")(word + position + kind)
+
+
+class Bert(nn.Module):
+    """Tokens (B, T) int32 to logits (B, labels) float32, or to hidden states.
+
+    The logits are those of a linear classifier on a tanh layer on the first token;
+    without labels, that layer's parameters are there and unused.
+
+    Args of the call:
+      tokens: (B, T) int32.
+      segments: (B, T) int32; tokens attend to those with the same number, so 1 for text
+        and 0 for padding. None means that there is no padding.
+      types: (B, T) int32, as `BertConfig.types`; None means 0.
+
+    Raises:
+      ValueError: if there are more tokens than positions.
+
+    Example:
+      >>> model = Bert(BertConfig(64, 16, 32, layers=2, heads=2, positions=8, labels=3))
+      >>> tokens = jnp.zeros((1, 8), jnp.int32)
+      >>> params = model.init(jax.random.key(0), tokens)['params']
+      >>> model.apply({'params': params}, tokens).shape
+      (1, 3)
+
+    Source: BERT (arXiv 1810.04805), RoBERTa (arXiv 1907.11692).
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        segments: Array | None = None,
+        types: Array | None = None,
+    ) -> Array:
+        c = self.config
+        if tokens.shape[-1] > c.positions:
+            raise ValueError(
+                f"a sequence has {tokens.shape[-1]} tokens, and the model only"
+                f" {c.positions} positions"
+            )
+        types = jnp.zeros_like(tokens) if types is None else types
+        x_BTD = blocks(
+            self, Block, Embeddings(c, name="embed")(tokens, types), segments
+        )
+        options = _dense_options(c)
+        first_BD = jnp.tanh(nn.Dense(c.width, name="pooler", **options)(x_BTD[:, 0]))
+        if not c.labels:
+            return x_BTD
+        logits = nn.Dense(c.labels, name="classifier", **options)(first_BD)
+        return logits.astype(jnp.float32)
+
+
+_init = nn.initializers.normal(0.02)
+_gelu = partial(jax.nn.gelu, approximate=False)
+
+
+def _dense_options(c: BertConfig) -> dict[str, Any]:
+    return dict(dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=_init)
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+
+def _positions(c: BertConfig, tokens_BT: Array) -> Array:
+    if not c.position_offset:
+        return jnp.broadcast_to(jnp.arange(tokens_BT.shape[-1]), tokens_BT.shape)
+    text_BT = (tokens_BT != c.pad).astype(jnp.int32)
+    return jnp.cumsum(text_BT, axis=-1) * text_BT + c.position_offset - 1
