@@ -339,8 +339,8 @@ class Llama(nn.Module):
         c = self.config
         if c.positions is not None and tokens.shape[-1] > c.positions:
             raise ValueError(
-                f"a sequence has {tokens.shape[-1]} tokens, and the model takes "
-                f"{c.positions}"
+                f"a sequence has {tokens.shape[-1]} tokens, and the model only"
+                f" {c.positions} positions"
             )
         embed = nn.Embed(
             c.vocab_size,
