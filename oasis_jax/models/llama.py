@@ -25,6 +25,39 @@ from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary rates are slowed for longer texts than were first trained on.
+
+    Attributes:
+      factor: By which slow rates are divided.
+      original: Most tokens of a sequence before; with it the type is 'llama3', without
+        'linear', where all rates are slowed.
+      low, high: Rates that turn fewer than `low` times in `original` tokens are slowed,
+        more than `high` times kept, and in between mixed.
+    """
+
+    factor: float
+    original: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+
+    def __post_init__(self):
+        if self.factor <= 0 or self.low >= self.high:
+            raise ValueError(
+                f"factor is {self.factor}, low {self.low} and high {self.high}, "
+                "expected factor > 0 and low < high"
+            )
+
+    def __call__(self, rates: Array) -> Array:
+        """Rates in radians per token, slowed."""
+        if self.original is None:
+            return rates / self.factor
+        turns = self.original * rates / (2 * jnp.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return kept * rates + (1 - kept) * rates / self.factor
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
     """Shapes and dtypes of a LLaMA.
 
@@ -33,6 +66,10 @@ class LlamaConfig:
       layers, heads, kv_heads: Counts; `heads` must divide by `kv_heads`.
       tied: Whether the output head is the embedding, transposed.
       head_size: `width // heads` if 0.
+      rope_scaling: None leaves the rotary rates as they are.
+      positions: Most tokens that a sequence may have; None is no bound.
+      qkv_bias: Whether q, k and v have biases (Qwen 2).
+      qk_norm: Whether each head of q and k passes an RMSNorm (Qwen 3).
       dtype, param_dtype: Of the computation and of the parameters.
       remat: One of `blocks.REMAT`.
       residuals: What is kept of a block: 'whole', or 'fp8' or 'int8' with a scale per
@@ -50,6 +87,10 @@ class LlamaConfig:
     head_size: int = 0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    rope_scaling: RopeScaling | None = None
+    positions: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "elementwise"
@@ -83,10 +124,57 @@ PRESETS = {
     "llama-1b": _c4(2048, 5461, 24, 32),
     "llama-7b": _c4(4096, 11008, 32, 32),
     "llama-3.2-1b": LlamaConfig(
-        128_256, 2048, 8192, 16, 32, 8, tied=True, rope_theta=5e5, norm_eps=1e-5
+        128_256,
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        tied=True,
+        rope_theta=5e5,
+        norm_eps=1e-5,
+        rope_scaling=RopeScaling(32.0, 8192),
+        positions=131_072,
     ),
     "llama-3-8b": LlamaConfig(
         128_256, 4096, 14336, 32, 32, 8, rope_theta=5e5, norm_eps=1e-5
+    ),
+    "qwen-2.5-0.5b": LlamaConfig(
+        151_936,
+        896,
+        4864,
+        24,
+        14,
+        2,
+        tied=True,
+        rope_theta=1e6,
+        positions=32_768,
+        qkv_bias=True,
+    ),
+    "qwen-3-0.6b": LlamaConfig(
+        151_936,
+        1024,
+        3072,
+        28,
+        16,
+        8,
+        tied=True,
+        head_size=128,
+        rope_theta=1e6,
+        positions=40_960,
+        qk_norm=True,
+    ),
+    # Version 0.3, which has no sliding window.
+    "mistral-7b": LlamaConfig(
+        32_768,
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        rope_theta=1e6,
+        norm_eps=1e-5,
+        positions=32_768,
     ),
 }
 
@@ -125,6 +213,19 @@ class RMSNorm(nn.Module):
         return _rms_norm(x_BTD, scale, eps=self.config.norm_eps)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of each head, (..., E). Too small to be worth a place for a projection."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTHE: Array) -> Array:
+        scale = self.param(
+            "scale", nn.initializers.ones, x_BTHE.shape[-1:], self.config.param_dtype
+        )
+        return _rms_norm(x_BTHE, scale, eps=self.config.norm_eps)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention within each packed document."""
 
@@ -143,11 +244,15 @@ class Attention(nn.Module):
                 "k_proj": c.kv_heads * c.head_size,
                 "v_proj": c.kv_heads * c.head_size,
             },
-            **options,
+            **options | {"use_bias": c.qkv_bias},
         )
         heads = [a.reshape(*a.shape[:-1], -1, c.head_size) for a in (q, k, v)]
         q, k, v = keep(heads, QKV)
-        out_BTHE = _attend(q, k, v, segments_BT, theta=c.rope_theta)
+        if c.qk_norm:
+            q, k = HeadNorm(c, name="q_norm")(q), HeadNorm(c, name="k_norm")(k)
+        out_BTHE = _attend(
+            q, k, v, segments_BT, theta=c.rope_theta, scaling=c.rope_scaling
+        )
         out = out_BTHE.reshape(*x_BTD.shape[:-1], -1)
         return OasisDense(c.width, name="o_proj", **options)(out)
 
@@ -216,6 +321,9 @@ class Llama(nn.Module):
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
       >>> model.apply({'params': variables['params']}, jnp.zeros((1, 8), jnp.int32)).shape
       (1, 8, 256)
+
+    Raises:
+      ValueError: if there are more tokens than `positions`.
     """
 
     config: LlamaConfig
@@ -229,6 +337,11 @@ class Llama(nn.Module):
         weights: Array | None = None,
     ) -> Array:
         c = self.config
+        if c.positions is not None and tokens.shape[-1] > c.positions:
+            raise ValueError(
+                f"a sequence has {tokens.shape[-1]} tokens, and the model only"
+                f" {c.positions} positions"
+            )
         embed = nn.Embed(
             c.vocab_size,
             c.width,
@@ -292,10 +405,12 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
 
 
-def _rotate(x_BTHE: Array, theta: float) -> Array:
+def _rotate(x_BTHE: Array, theta: float, scaling: RopeScaling | None = None) -> Array:
     """Rotary embedding, halves paired as in Hugging Face's LLaMA."""
     tokens, size = x_BTHE.shape[-3], x_BTHE.shape[-1]
     rates = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if scaling is not None:
+        rates = scaling(rates)
     angles = jnp.arange(tokens, dtype=jnp.float32)[:, None] * rates
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
@@ -304,6 +419,13 @@ def _rotate(x_BTHE: Array, theta: float) -> Array:
 
 
 def _attend(
-    q_BTHE: Array, k_BTKE: Array, v_BTKE: Array, segments: Array | None, *, theta: float
+    q_BTHE: Array,
+    k_BTKE: Array,
+    v_BTKE: Array,
+    segments: Array | None,
+    *,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Array:
-    return attention(_rotate(q_BTHE, theta), _rotate(k_BTKE, theta), v_BTKE, segments)
+    q_BTHE, k_BTKE = (_rotate(a, theta, scaling) for a in (q_BTHE, k_BTKE))
+    return attention(q_BTHE, k_BTKE, v_BTKE, segments)
