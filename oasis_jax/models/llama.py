@@ -29,6 +29,7 @@ from jax import Array
 from oasis_jax.attention import attention
 from oasis_jax.linen import DenseWeights, OasisDense, input_projection, shared_dense
 from oasis_jax.losses import chunked_cross_entropy
+from oasis_jax.models.cache import Cache, Past, cached_attention
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
 from oasis_jax.residuals import (
     ATTENTION,
@@ -161,12 +162,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention within each packed document."""
+    """Causal grouped-query attention within each packed document, or after a cache."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> Array:
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        past: Past | None = None,
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         options = _dense_options(c)
         q, k, v = shared_dense(
@@ -182,9 +188,16 @@ class Attention(nn.Module):
         )
         heads = [a.reshape(*a.shape[:-1], -1, c.head_size) for a in (q, k, v)]
         q, k, v = keep(heads, QKV)
-        out_BTHE = _attend(q, k, v, segments_BT, theta=c.rope_theta)
+        cache = None
+        if past is None:
+            out_BTHE = _attend(q, k, v, segments_BT, theta=c.rope_theta)
+        else:
+            cache, start_B = past
+            positions_BT = start_B[:, None] + jnp.arange(x_BTD.shape[1])
+            q, k = (_rotate(a, c.rope_theta, positions_BT) for a in (q, k))
+            out_BTHE, cache = cached_attention(q, k, v, cache, start_B)
         out = out_BTHE.reshape(*x_BTD.shape[:-1], -1)
-        return OasisDense(c.width, name="o_proj", **options)(out)
+        return OasisDense(c.width, name="o_proj", **options)(out), cache
 
 
 class MLP(nn.Module):
@@ -221,19 +234,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; returns `(x, None)` so that it can be scanned."""
+    """One layer; returns `(x, cache)`, without a cache `(x, None)`, to be scanned."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        past: Past | None = None,
+    ) -> tuple[Array, Cache | None]:
         c = self.config
-        x_BTD += Attention(c, name="attn")(
-            RMSNorm(c, name="attn_norm")(x_BTD), segments_BT
+        out_BTD, cache = Attention(c, name="attn")(
+            RMSNorm(c, name="attn_norm")(x_BTD), segments_BT, past
         )
-        x_BTD = keep(x_BTD, MIDDLE)
+        x_BTD = keep(x_BTD + out_BTD, MIDDLE)
         x_BTD += MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
-        return x_BTD, None
+        return x_BTD, cache
 
 
 def _layer(config: LlamaConfig) -> Callable[..., Array]:
@@ -258,6 +276,11 @@ class Llama(nn.Module):
         to; tokens attend within their document only. None means one document.
       targets, weights: (B, T) int32 and float32. With them the result is not the logits,
         which then never exist whole, but `sum(weights * cross-entropy)`, () float32.
+      cache, start: With a cache (`empty_cache`) the tokens are those at `start`, (B,)
+        int32 or None for 0, and after it, and see those before, which the cache has. The
+        result is then `(logits, cache)`. Without segments, and not for training.
+      read: (B,) int32, the one token of each row whose logits are wanted: the result is
+        (B, 1, vocabulary), and the other logits never exist.
 
     Example:
       >>> model = Llama(preset("llama-tiny"))
@@ -275,7 +298,11 @@ class Llama(nn.Module):
         segments: Array | None = None,
         targets: Array | None = None,
         weights: Array | None = None,
-    ) -> Array:
+        *,
+        cache: Cache | None = None,
+        start: Array | None = None,
+        read: Array | None = None,
+    ) -> Array | tuple[Array, Cache]:
         c = self.config
         embed = nn.Embed(
             c.vocab_size,
@@ -285,7 +312,14 @@ class Llama(nn.Module):
             embedding_init=nn.initializers.normal(0.02),
             name="embed",
         )
-        x_BTD = self._blocks(embed(tokens), segments)
+        past = None
+        if cache is not None:
+            if start is None:
+                start = jnp.zeros(tokens.shape[:1], jnp.int32)
+            past = cache, start
+        x_BTD, cache = self._blocks(embed(tokens), segments, past)
+        if read is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, read[:, None, None], axis=1)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         place = None
         if c.tied:
@@ -307,11 +341,15 @@ class Llama(nn.Module):
                 transposed=c.tied,
             )
         if place is None:
-            return embed.attend(x_BTD).astype(jnp.float32)
-        (logits,) = place(x_BTD, {"kernel": kernel})
-        return logits.astype(jnp.float32)
+            logits = embed.attend(x_BTD)
+        else:
+            (logits,) = place(x_BTD, {"kernel": kernel})
+        logits = logits.astype(jnp.float32)
+        return logits if cache is None else (logits, cache)
 
-    def _blocks(self, x_BTD: Array, segments_BT: Array | None) -> Array:
+    def _blocks(
+        self, x_BTD: Array, segments_BT: Array | None, past: Past | None
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         if self.is_initializing():
             scanned = nn.scan(
@@ -321,21 +359,28 @@ class Llama(nn.Module):
                 in_axes=nn.broadcast,
                 length=c.layers,
             )
-            return scanned(c, name="blocks")(x_BTD, segments_BT)[0]
+            return scanned(c, name="blocks")(x_BTD, segments_BT)
         # A function of arrays, so that any transformation of JAX goes around it, and
         # no name of a scope depends on which.
-        layer = _layer(c)
         stacked = {
             name: collection["blocks"]
             for name, collection in self.variables.items()
             if "blocks" in collection
         }
-        x_BTD, _ = jax.lax.scan(
+        if past is not None:
+            cache, start_B = past
+            block = Block(c, parent=None)
+            return jax.lax.scan(
+                lambda x, own: block.apply(own[0], x, None, (own[1], start_B)),
+                x_BTD,
+                (stacked, cache),
+            )
+        layer = _layer(c)
+        return jax.lax.scan(
             lambda x, variables: (layer(variables, x, segments_BT), None),
             x_BTD,
             stacked,
         )
-        return x_BTD
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
@@ -366,12 +411,17 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
 
 
-def _rotate(x_BTHE: Array, theta: float) -> Array:
-    """Rotary embedding, halves paired as in Hugging Face's LLaMA."""
+def _rotate(x_BTHE: Array, theta: float, positions: Array | None = None) -> Array:
+    """Rotary embedding, halves paired as in Hugging Face's LLaMA.
+
+    Positions are (B, T) int32, or None for 0, 1, ... in every row.
+    """
     tokens, size = x_BTHE.shape[-3], x_BTHE.shape[-1]
     rates = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = jnp.arange(tokens, dtype=jnp.float32)[:, None] * rates
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    if positions is None:
+        positions = jnp.arange(tokens)
+    angles = positions[..., None].astype(jnp.float32) * rates
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTHE.dtype)
