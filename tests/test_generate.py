@@ -1,6 +1,7 @@
 """Greedy generation: the oracle is the whole forward pass for every token."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7], [6]]
 NEW = 5
 
 
+@cache
 def build(**changes):
     model = Llama(dataclasses.replace(SMALL, **changes))
     tokens = jnp.zeros((1, 2), jnp.int32)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     # At initialisation the residual stream is little but the last token.
     params["embed"]["embedding"] *= 10
     return model, params
@@ -69,18 +71,18 @@ def test_in_pieces_logits_are_those_of_the_whole():
     apply = forward(model)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 32)
     whole = apply(params, tokens)
-    cache = empty_cache(model.config, 2, 8)
-    first, cache = apply(params, tokens[:, :5], cache=cache)
+    old = empty_cache(model.config, 2, 8)
+    first, old = apply(params, tokens[:, :5], cache=old)
     np.testing.assert_allclose(first, whole[:, :5], atol=1e-5)
     start = jnp.array([2, 5])
     window = start[:, None] + jnp.arange(3)
     later = jnp.take_along_axis(tokens, window, axis=1)
     # What is still there of tokens that come later is not seen.
-    second, _ = apply(params, later, cache=cache, start=start)
+    second, _ = apply(params, later, cache=old, start=start)
     expected = jnp.take_along_axis(whole, window[..., None], axis=1)
     np.testing.assert_allclose(second, expected, atol=1e-5)
     read = jnp.array([0, 2])
-    one, _ = apply(params, later, cache=cache, start=start, read=read)
+    one, _ = apply(params, later, cache=old, start=start, read=read)
     np.testing.assert_allclose(one[:, 0], second[jnp.arange(2), read], atol=1e-6)
 
 
