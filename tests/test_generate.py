@@ -87,7 +87,7 @@ def test_in_pieces_logits_are_those_of_the_whole():
 
 
 def test_end():
-    """A row is filled after its end; others go on; all ended, it stops."""
+    """A row is filled after its end, and others go on."""
     model, params = build()
     prompts, lengths = pad(PROMPTS, multiple=8)
     free = generate(model, params, prompts, lengths, new_tokens=NEW).tolist()
