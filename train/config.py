@@ -191,15 +191,15 @@ class Training:
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Any:
         """The options that `as_dict` made `saved` of."""
-        return cls(
-            **{
-                field.name: Path(saved[field.name])
-                if field.type is Path and saved[field.name] is not None
-                else saved[field.name]
-                for field in dataclasses.fields(cls)
-                if field.name in saved
-            }
-        )
+        values: dict[str, Any] = {
+            field.name: saved[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name in saved
+        }
+        for field in dataclasses.fields(cls):
+            if field.type in (Path, Path | None) and values.get(field.name):
+                values[field.name] = Path(values[field.name])
+        return cls(**values)
 
     def check_continues(self, saved: dict[str, Any]) -> None:
         """Refuses to continue another run.
