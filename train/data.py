@@ -474,7 +474,7 @@ def random_access(
 
 
 def shuffled(
-    rows: Sequence[Batch], batch: int, seed: int
+    rows: grain.sources.RandomAccessDataSource[Batch], batch: int, seed: int
 ) -> grain.DatasetIterator[Batch]:
     """Returns endless batches of single rows; see `TextData.train`."""
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
