@@ -21,7 +21,6 @@ import io
 import itertools
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,6 @@ from typing import Any
 
 import grain
 import numpy as np
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
@@ -38,6 +35,7 @@ from train.text import (
     Coder,
     DataError,
     coder_of,
+    progress_bar,
     read_documents,
     standard_library,
     text_files,
@@ -157,7 +155,7 @@ def load(
     files = standard_library() if data is None else text_files(data)
     read = functools.partial(read_documents, files, skip_undecodable=data is None)
     name = data or f"Python {platform.python_version()} standard library"
-    return _prepared(name, read, coder, Path(cache), progress and sys.stderr.isatty())
+    return _prepared(name, read, coder, Path(cache), progress)
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -203,9 +201,7 @@ def _prepared(
     fingerprint = content.hexdigest()[:16]
     target = cache / fingerprint
     if not target.exists():
-        with rich.progress.Progress(
-            console=rich.console.Console(stderr=True), disable=not progress
-        ) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task("Preparing tokens", total=sizes.total())
             splits = _splits(read, coder, sizes, lambda n: bar.advance(task, n))
             _write(target, splits, coder.dtype)

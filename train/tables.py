@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from train.data import open_prepared, random_access
 from train.text import DataError, json_objects, read_text
 
@@ -92,6 +94,35 @@ def read_prepared(
         split: [example(split, index, source[index]) for index in range(len(source))]
         for split, source in sources.items()
     }
+
+
+def hold_out(examples: list[Example], data: str, seed: int) -> dict[str, list[Example]]:
+    """Holds out a tenth, by chance: the splits `train` and `validation`.
+
+    Raises:
+      DataError: if there is but one example.
+    """
+    if len(examples) < 2:
+        raise DataError(f"data {data!r} is too small to hold out a part of it")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    held = set(order[: max(1, len(examples) // 10)].tolist())
+    return {
+        "train": [val for i, val in enumerate(examples) if i not in held],
+        "validation": [val for i, val in enumerate(examples) if i in held],
+    }
+
+
+def found_labels(examples: list[Example], data: str) -> tuple[str, ...]:
+    """The labels of examples, sorted; as numbers if they all are.
+
+    Raises:
+      DataError: if there is but one label.
+    """
+    found = {example.label for example in examples}
+    if len(found) == 1:
+        raise DataError(f"data {data!r} has the one label {found.pop()!r} only")
+    by_number = all(re.fullmatch("-?[0-9]+", label) for label in found)
+    return tuple(sorted(found, key=int if by_number else str))
 
 
 def _delimited(

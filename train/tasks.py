@@ -8,27 +8,31 @@ seed, position).
 import dataclasses
 import functools
 import hashlib
-import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
-import rich.console
-import rich.progress
 import scipy.stats
 import sklearn.metrics
 import tokenizers
 
 from train.data import Batch, fill, shuffled
-from train.tables import Columns, Example, read_prepared, read_table
+from train.tables import (
+    Columns,
+    Example,
+    found_labels,
+    hold_out,
+    read_prepared,
+    read_table,
+)
 from train.text import (
     DataError,
     check_fits,
     existing_file,
     open_tokenizer,
+    progress_bar,
     vocabulary_size,
 )
 
@@ -229,7 +233,7 @@ def load_task(
         )
     regression = regression or "pearson" in task.metrics
     splits = _splits(task, columns, data, eval_data, data_dir)
-    names = () if regression else task.labels or _found(splits["train"], data)
+    names = () if regression else task.labels or found_labels(splits["train"], data)
     outputs = len(names) or 1
     if labels not in (None, outputs):
         raise DataError(
@@ -238,7 +242,7 @@ def load_task(
         )
     held = ""
     if "validation" not in splits:
-        splits = _tenth(splits["train"], data, seed)
+        splits = hold_out(splits["train"], data, seed)
         held = f" (a tenth, by seed {seed})"
     spellings = (*enumerate(names), *enumerate(task.spelled))
     known = {spelling: index for index, spelling in spellings}
@@ -246,10 +250,7 @@ def load_task(
     dtype = np.float32 if regression else np.int32
     tokenizer.enable_truncation(seq, strategy="longest_first")
     rows, truncated = {}, 0
-    with rich.progress.Progress(
-        console=rich.console.Console(stderr=True),
-        disable=not (progress and sys.stderr.isatty()),
-    ) as bar:
+    with progress_bar(progress) as bar:
         tokenising = bar.add_task("Tokenising", total=sum(map(len, splits.values())))
         for split, examples in splits.items():
             values = np.array([number(example) for example in examples], dtype)
@@ -327,27 +328,6 @@ def _splits(
         for split, file in files.items()
         if file
     }
-
-
-def _tenth(examples: list[Example], data: str, seed: int) -> dict[str, list[Example]]:
-    """Holds out a tenth, by chance."""
-    if len(examples) < 2:
-        raise DataError(f"data {data!r} is too small to hold out a part of it")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    held = set(order[: max(1, len(examples) // 10)].tolist())
-    return {
-        "train": [val for i, val in enumerate(examples) if i not in held],
-        "validation": [val for i, val in enumerate(examples) if i in held],
-    }
-
-
-def _found(examples: list[Example], data: str) -> tuple[str, ...]:
-    """The labels of a split, sorted; as numbers if they are."""
-    found = {example.label for example in examples}
-    if len(found) == 1:
-        raise DataError(f"data {data!r} has the one label {found.pop()!r} only")
-    by_number = all(re.fullmatch("-?[0-9]+", label) for label in found)
-    return tuple(sorted(found, key=int if by_number else str))
 
 
 def _index(known: dict[str, int], example: Example) -> int:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.console
+import rich.progress
 import tokenizers
 
 _PIECE = 1 << 20  # characters given to the tokenizer at once
@@ -116,6 +119,14 @@ def check_fits(size: int, vocab_size: int, seq: int, positions: int | None) -> N
         raise DataError(
             f"seq {seq:,} exceeds the model's {positions:,} positions; shorten seq"
         )
+
+
+def progress_bar(shown: bool) -> rich.progress.Progress:
+    """A bar on standard error, if that is a terminal and the bar is to be `shown`."""
+    return rich.progress.Progress(
+        console=rich.console.Console(stderr=True),
+        disable=not (shown and sys.stderr.isatty()),
+    )
 
 
 def standard_library() -> list[Path]:
