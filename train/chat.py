@@ -83,23 +83,22 @@ def read_chat(folder: Path) -> Chat:
             config = dict(json.loads(read_text(path)))
         except (ValueError, TypeError) as error:
             raise DataError(f"{path} is no JSON object: {error}") from error
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named = {one["name"]: one["template"] for one in source}
-        if "default" not in named:
-            raise DataError(f"{path}: no chat template 'default' among {[*named]}")
-        source = named["default"]
-    if (file := folder / "chat_template.jinja").is_file():
-        path, source = file, read_text(file)
     tokens = {
-        name: val["content"] if isinstance(val, dict) else val
+        name: val.get("content", "") if isinstance(val, dict) else val
         for name, val in config.items()
         if name.endswith("_token") and isinstance(val, str | dict)
     }
+    source = config.get("chat_template")
+    if (file := folder / "chat_template.jinja").is_file():
+        path, source = file, read_text(file)
     try:
+        if isinstance(source, list):
+            source = {one["name"]: one["template"] for one in source}["default"]
         template = None if source is None else _environment().from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         raise DataError(f"{path}: the chat template is malformed: {error}") from error
+    except KeyError as error:
+        raise DataError(f"{path}: the chat templates have no {error}") from error
     return Chat(source, tokens, template)
 
 

@@ -153,8 +153,9 @@ def load_sft(
             kept = [example for example in whole if example.start <= seq]
             if not kept:
                 kind = {"train": "training", "dev": "held-out"}[split]
+                file = files[0 if split == "train" else -1]
                 raise DataError(
-                    f"data {data!r} has no {kind} examples"
+                    f"data {str(file)!r} has no {kind} examples"
                     + (f" whose prompts are shorter than seq {seq}" if whole else "")
                 )
             dropped += len(whole) - len(kept)

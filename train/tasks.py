@@ -231,7 +231,7 @@ def load_task(
         raise DataError(
             f"seq {seq} leaves no room for text beside {special} special tokens"
         )
-    regression = regression or "pearson" in task.metrics
+    regression = "pearson" in task.metrics or (regression and not task.columns)
     splits = _splits(task, columns, data, eval_data, data_dir)
     names = () if regression else task.labels or found_labels(splits["train"], data)
     outputs = len(names) or 1

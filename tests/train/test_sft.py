@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -224,6 +224,7 @@ def test_special_tokens_around_texts(load, tokenizer):
 # Packing
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=40), st.integers(12, 20))
 def test_packing_is_first_fit(lengths, capacity):
     want: list[list[int]] = []
@@ -237,6 +238,7 @@ def test_packing_is_first_fit(lengths, capacity):
     assert pack(lengths, capacity) == want
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8)), min_size=1, max_size=20),
     st.integers(9, 17),
@@ -268,7 +270,7 @@ def test_packing_loses_and_duplicates_nothing(parts, seq, seed):
         np.testing.assert_array_equal(counted, (place >= example.start) & (place > 0))
 
 
-def test_long_examples_are_cut_or_dropped(load, tokenizer):
+def test_long_examples_are_cut_or_dropped(load, tokenizer, tmp_path):
     tokenizer.no_truncation()
     records = [
         {"prompt": "x", "completion": "y"},
@@ -284,6 +286,9 @@ def test_long_examples_are_cut_or_dropped(load, tokenizer):
     assert sorted(got.values()) == sorted(want)
     with pytest.raises(DataError, match="training examples whose prompts are shorter"):
         load(records[2:3], seq=8)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl' has no held-out examples$"):
+        load(records, eval_data=str(tmp_path / "empty.jsonl"))
 
 
 def test_batches(load):
@@ -432,7 +437,11 @@ TURNS = ["system", "user"]
         (OK, {"template": "{% if %}"}, "json: the chat template is malformed"),
         (OK, {"jinja": "{% if %}"}, "jinja: the chat template is malformed"),
         (OK, {"template": "{{ messages | length }}"}, "jsonl:1: .* differently once"),
-        (OK, {"template": [{"name": "x", "template": ""}]}, r"'default' among \['x'\]"),
+        (
+            OK,
+            {"template": [{"name": "x", "template": ""}]},
+            "templates have no 'default'",
+        ),
         (OK, {"config": {"eos_token": "<no>"}}, "eos_token '<no>' is not in its voc"),
         ("", {}, "has no training examples"),
         (OK, {"eval_data": None}, "has no training examples"),
@@ -446,21 +455,22 @@ def test_errors(records, options, message, load):
         load(records, **options)
 
 
-def test_no_end_token(load, tokenizer, tmp_path):
+def test_no_end_token(load):
     bare = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
-    tokenizer.save = bare.save
-    try:
-        with pytest.raises(
-            DataError, match=r"no token that ends an answer: none of </s"
-        ):
-            load(OK, config={"eos_token": None})
-    finally:
-        del tokenizer.save
-    (tmp_path / "model" / "tokenizer_config.json").write_text("[1]")
-    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-    with pytest.raises(DataError, match="tokenizer_config.json is no JSON object"):
-        load_sft(
-            str(tmp_path / "data.jsonl"), tmp_path / "model", seq=8, vocab_size=999
-        )
+    with pytest.raises(DataError, match="no token that ends an answer: none of </s"):
+        load(OK, config={"eos_token": None}, made=bare)
+
+
+def test_unreadable_model(load, tmp_path):
+    load(OK)
+    data = str(tmp_path / "data.jsonl")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    for content, message in (
+        ("[1]", r"config\.json is no JSON object"),
+        ('{"chat_template": [1]}', r"config\.json: the chat template is malformed"),
+    ):
+        config.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_sft(data, tmp_path / "model", seq=8, vocab_size=999)
     with pytest.raises(DataError, match=r"cannot be read as a tokenizer\.json"):
-        load_sft(str(tmp_path / "data.jsonl"), tmp_path, seq=8, vocab_size=999)
+        load_sft(data, tmp_path, seq=8, vocab_size=999)
