@@ -1,38 +1,53 @@
 """`python -m train COMMAND ...`; `--help` lists commands and options."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import tyro
 
 from oasis_jax.checkpoints import CheckpointError
-from train import compare, methods, plan, pretrain
-from train.config import Compare, Methods, Plan, Pretrain, UserError
+from oasis_jax.hf import HfError
+from train import compare, export, finetune, methods, plan, pretrain
+from train.config import (
+    Compare,
+    Export,
+    Finetune,
+    Methods,
+    Plan,
+    Pretrain,
+    UserError,
+)
 from train.text import DataError
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
 )
+
+_MAIN: dict[type, Callable] = {
+    Pretrain: pretrain.main,
+    Finetune: finetune.main,
+    Export: export.main,
+    Compare: compare.main,
+    Plan: plan.main,
+    Methods: methods.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 1 with one sentence if not."""
     try:
         config = tyro.cli(Command, args=argv, prog="python -m train")
-        if isinstance(config, Compare):
-            return compare.main(config)
-        if isinstance(config, Plan):
-            return plan.main(config)
-        if isinstance(config, Methods):
-            return methods.main(config)
-        return pretrain.main(config)
+        return _MAIN[type(config)](config)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except (UserError, DataError, CheckpointError) as error:
+    except (UserError, DataError, HfError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
