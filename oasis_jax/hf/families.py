@@ -7,6 +7,7 @@ parameter (`names.py`).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -82,10 +83,9 @@ class Family:
         return self.classifier if labels_of(config) and self.classifier else self.base
 
     def leaves(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the model's parameters by path."""
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        init = self.model(config).init
-        return flatten_paths(jax.eval_shape(init, jax.random.key(0), tokens)["params"])
+        """Shapes and dtypes of the model's parameters by path, in the table's order."""
+        found = _traced(self.model, config)
+        return {path: found[path] for path in sorted(found, key=[*self.names].index)}
 
     def name(self, path: str, config: Config, layer: int | None = None) -> str:
         """Hugging Face's name of a parameter, without the prefix.
@@ -150,6 +150,10 @@ class Family:
         Raises:
           HfError: if the family cannot express the config.
         """
+        if isinstance(config, BertConfig) != (self.model is Bert):
+            raise HfError(
+                f"family {self.model_type} cannot express a {type(config).__name__}"
+            )
         stored = stored or {}
         # A sliding window and the spelling of the rope are theirs to keep, if they can.
         if not stored or _differing(self.read({**self.defaults, **stored}), config):
@@ -161,6 +165,13 @@ class Family:
             named = "; ".join(different)
             raise HfError(f"family {self.model_type} cannot express {named}")
         return dict(stored)
+
+
+@lru_cache(16)
+def _traced(model: type[nn.Module], config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    made = jax.eval_shape(model(config).init, jax.random.key(0), tokens)
+    return flatten_paths(made["params"])
 
 
 def family_of(config: Config) -> "Family":
@@ -227,8 +238,6 @@ _REPLACED = {
 
 
 def _differing(read: Config, config: Config) -> list[str]:
-    if type(read) is not type(config):
-        return [f"a {type(config).__name__}"]
     pairs = {
         f.name: (getattr(read, f.name), getattr(config, f.name))
         for f in fields(config)
