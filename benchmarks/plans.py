@@ -15,8 +15,8 @@ from rich.progress import track
 
 from train import report
 from train.config import Plan
+from train.loop import machine
 from train.plan import compile_plan, versions
-from train.pretrain import machine
 
 ROWS = (
     ("adamw", "none", "whole"),

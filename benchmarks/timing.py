@@ -31,8 +31,9 @@ from oasis_jax.memory import step_memory
 from oasis_jax.methods import row
 from train import report
 from train.config import Pretrain, UserError
+from train.loop import machine, train_step
 from train.plan import versions
-from train.pretrain import batch_shape, machine, set_up, train_step
+from train.pretrain import set_up
 
 WARM_UP = 2
 """Turns that are not counted. In the first, methods that renew their bases every so many
@@ -229,7 +230,7 @@ class Step:
         setup = set_up(options, workload.vocab_size, layers=workload.layers)
         jitted = jax.jit(train_step(setup, options), donate_argnums=0)
         started = time.perf_counter()
-        shape = batch_shape(options)
+        shape = setup.batch
         self._compiled = jitted.lower(setup.state, shape).compile()
         took = time.perf_counter() - started
         model = setup.model.config

@@ -97,3 +97,25 @@ def scale_matching(pattern: str, factor: float) -> optax.GradientTransformation:
             lambda path, u: factor * u if re.search(pattern, path) else u, updates
         )
     )
+
+
+def by_pattern(
+    pattern: str, matching: optax.GradientTransformation, rest: Any
+) -> optax.GradientTransformationExtraArgs:
+    """One transformation for the leaves whose path the expression matches, another for
+    the rest.
+
+    Example:
+      >>> tx = by_pattern('embed', optax.set_to_zero(), optax.scale(-1.0))
+      >>> updates = {'embed': jnp.ones(2), 'up': jnp.ones(2)}
+      >>> tx.update(updates, tx.init(updates))[0]
+      {'embed': Array([0., 0.], dtype=float32), 'up': Array([-1., -1.], dtype=float32)}
+    """
+
+    def label(params: Any) -> Any:
+        return map_with_paths(
+            lambda path, _: "matching" if re.search(pattern, path) else "rest", params
+        )
+
+    # The rest first: what it returns may be no array (`Step`), which none looks at then.
+    return optax.partition({"matching": matching, "rest": rest}, label)

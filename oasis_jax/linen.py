@@ -52,9 +52,12 @@ def _project(
     weights: Mapping[str, tuple[Array, Array | None]],
     dtype: Dtype | None,
     precision: PrecisionLike,
+    mask: Array | None,
 ) -> tuple[Array, ...]:
     """Applies the weights, keyed by kernel path relative to `module`, to one input."""
     projection = _place(module, site, kernels=tuple(weights))
+    if mask is not None and projection.basis is not None:
+        x = jnp.where(mask[..., None], x, 0)
     arrays = [a for pair in weights.values() for a in pair if a is not None]
     dtype = canonicalize_dtype(x, *arrays, dtype=dtype)
     # The kernel is cast inside the operation, so that no cast copy of it is saved.
@@ -113,8 +116,15 @@ class OasisDense(nn.Module):
     bias_init: Initializer = _bias_init
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps (..., n_in) to (..., features)."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Maps (..., n_in) to (..., features).
+
+        Args:
+          x: Input, (..., n_in).
+          mask: (...) bool, False where a token counts for nothing, such as padding.
+            Where the kernel is projected its input is taken as zero, lest the basis
+            follow it.
+        """
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
@@ -123,7 +133,8 @@ class OasisDense(nn.Module):
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
         weights = {"kernel": (kernel, bias)}
-        return _project(self, _SITE, x, weights, self.dtype, self.precision)[0]
+        options = (self.dtype, self.precision, mask)
+        return _project(self, _SITE, x, weights, *options)[0]
 
 
 class DenseWeights(nn.Module):
@@ -164,6 +175,7 @@ def shared_dense(
     precision: PrecisionLike = None,
     kernel_init: Initializer = _kernel_init,
     bias_init: Initializer = _bias_init,
+    mask: Array | None = None,
 ) -> tuple[Array, ...]:
     """Several dense layers on one input, which is projected, and saved, once.
 
@@ -176,6 +188,7 @@ def shared_dense(
       x: Input, (..., n_in).
       features: n_out by layer name, such as {'q_proj': 64, 'k_proj': 16, 'v_proj': 16}.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init: As in `nn.Dense`.
+      mask: As in `OasisDense`.
 
     Returns:
       One output per layer, (..., n_out) each.
@@ -186,4 +199,4 @@ def shared_dense(
         )(x.shape[-1])
         for name, n_out in features.items()
     }
-    return _project(module, site, x, weights, dtype, precision)
+    return _project(module, site, x, weights, dtype, precision, mask)

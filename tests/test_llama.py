@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from oasis_jax import OasisTrainState, Rule, oasis_adam
+from oasis_jax.attention import attention
 from oasis_jax.methods import LINEAR
 from oasis_jax.models import llama
 from oasis_jax.models.llama import (
@@ -227,7 +228,10 @@ def test_attention_is_the_naive_one(kv_heads):
         jax.random.normal(key, (2, 12, heads, 8))
         for key, heads in zip(keys, (4, kv_heads, kv_heads), strict=True)
     )
-    got = llama._attend(q, k, v, SEGMENTS, theta=100.0)
+    q_rotated, k_rotated = (
+        llama._rotate(a, jnp.arange(12), theta=100.0) for a in (q, k)
+    )
+    got = attention(q_rotated, k_rotated, v, SEGMENTS)
     expected = naive_attention(q, k, v, SEGMENTS, 100.0)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 

@@ -2,15 +2,10 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +13,7 @@ from rich.console import Console
 from oasis_jax.methods import METHODS, row
 from train import report
 from train.config import METHOD_OPTIONS, Compare, Pretrain, UserError, differences
+from train.trials import command_line, run_trial, side_by_side
 
 
 @dataclass(frozen=True)
@@ -170,48 +166,20 @@ def _run_all(
 ) -> dict[Trial, dict[str, Any]]:
     config.out.mkdir(parents=True, exist_ok=True)
     report.write_json(config.out / "compare_config.json", _common(config))
-    shares: Queue[set[int] | None] = Queue()
-    for share in _core_shares(config.jobs):
-        shares.put(share)
 
-    def one(trial: Trial) -> dict[str, Any]:
-        share = shares.get()
-        try:
-            if share:
-                os.sched_setaffinity(0, share)  # this thread's, and its trial's
-            summary = _run_one(config, trial)
-        finally:
-            shares.put(share)
+    def run(trial: Trial) -> dict[str, Any]:
+        out = config.out / "trials" / trial.name
+        summary = run_trial(
+            out,
+            _command(config, trial, out),
+            lambda: _diverged_summary(config, trial),
+        )
         loss = summary["val_loss"]
         outcome = "diverged" if loss is None else f"validation loss {loss:.4f}"
         console.print(f"{trial.label}  lr {trial.rate:g}  seed {trial.seed}  {outcome}")
         return summary
 
-    with ThreadPoolExecutor(config.jobs) as pool:
-        return dict(zip(trials, pool.map(one, trials), strict=True))
-
-
-def _core_shares(jobs: int) -> list[set[int] | None]:
-    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
-        return [None] * jobs
-    cores = sorted(os.sched_getaffinity(0))
-    return [set(cores[i::jobs]) or set(cores) for i in range(jobs)]
-
-
-def _run_one(config: Compare, trial: Trial) -> dict[str, Any]:
-    out = config.out / "trials" / trial.name
-    summary = out / "summary.json"
-    if not summary.exists():
-        result = subprocess.run(
-            _command(config, trial, out),
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode and not _diverged(result.stderr):
-            raise UserError(f"trial {trial.name}: {_last_line(result.stderr)}")
-        if result.returncode:
-            report.write_json(summary, _diverged_summary(config, trial))
-    return json.loads(summary.read_text())
+    return side_by_side(run, trials, config.jobs)
 
 
 def _command(config: Compare, trial: Trial, out: Path) -> list[str]:
@@ -220,18 +188,7 @@ def _command(config: Compare, trial: Trial, out: Path) -> list[str]:
     options |= _settings(config, trial.label)
     options |= dict(lr=trial.rate, seed=trial.seed, out=out)
     options |= dict(resume=(out / "checkpoints").is_dir())
-    command = [sys.executable, "-m", "train", "pretrain"]
-    for option, value in options.items():
-        flag = option.replace("_", "-")
-        if isinstance(value, bool) and option not in METHOD_OPTIONS:
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            command.append(f"--{flag}={value}")
-    return command
-
-
-def _diverged(stderr: str) -> bool:
-    return "updates in a row were not finite" in stderr
+    return command_line("pretrain", options)
 
 
 def _diverged_summary(config: Compare, trial: Trial) -> dict[str, Any]:
@@ -241,10 +198,6 @@ def _diverged_summary(config: Compare, trial: Trial) -> dict[str, Any]:
         **dict.fromkeys(f"{keys} val_loss step_ms_median".split()),
         **dict(method=trial.label, lr=trial.rate, seed=trial.seed, curve=[]),
     }
-
-
-def _last_line(text: str) -> str:
-    return (text.strip() or "failed without a word").splitlines()[-1]
 
 
 def _order(summary: dict[str, Any]) -> float:

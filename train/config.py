@@ -9,8 +9,11 @@ from typing import Any
 from oasis_jax.methods import METHODS, Recipe, method, row
 from oasis_jax.residuals import WIDTHS
 
+TASK_NAMES = ("cola", "mrpc", "rte", "sst2", "stsb", "classification", "sft")
+EMBEDDINGS = ("adamw", "adafactor", "frozen")
+
 METHOD_OPTIONS = tuple(dict.fromkeys(o for m in METHODS.values() for o in m.options))
-"""Every option that some method has; each is a field of `Pretrain`."""
+"""Every option that some method has; each is a field of `Training`."""
 
 
 class UserError(Exception):
@@ -18,18 +21,11 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Train a LLaMA on text."""
+class Training:
+    """What every run has in common."""
 
     method: str = "oasis"
     """A row of the table of methods, such as oasis or adamw."""
-    preset: str = "llama-tiny"
-    """Shape of the model."""
-    data: str | None = None
-    """A .txt or .jsonl file, a directory of text, or tfds:NAME; without it, the Python
-    standard library's own source."""
-    tokenizer: Path | None = None
-    """A tokenizer.json; without it, bytes."""
     steps: int = 600
     """Optimizer steps."""
     batch: int = 16
@@ -47,8 +43,8 @@ class Pretrain:
     lr: float = 3e-3
     """Peak learning rate."""
     warmup: float = 0.1
-    """Share of the steps over which the learning rate rises; then it falls, as a cosine,
-    to a tenth."""
+    """Share of the steps over which the learning rate rises. Then it falls: as a cosine to
+    a tenth or, in fine-tuning, as a line to zero."""
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
@@ -62,9 +58,10 @@ class Pretrain:
     """How what is kept for it is kept: whole, or fp8 or int8 with a scale per token."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at once."""
-    cross_documents: bool = False
-    """Let tokens attend to earlier documents in their row. Without a mask to build,
-    attention takes less memory and time on a GPU."""
+    embeddings: str = "adamw"
+    """How what has a row per token of the vocabulary (the embedding, the output head) is
+    trained: adamw, as the method trains what it does not project; adafactor, in little
+    memory; or frozen."""
     dtype: str = "float32"
     """Of the computation: float32 or bfloat16."""
     param_dtype: str = "float32"
@@ -77,8 +74,6 @@ class Pretrain:
     """Continue the run in --out."""
     eval_every: int = 100
     """Steps between evaluations."""
-    eval_batches: int = 64
-    """Held-out batches per evaluation, at most."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
@@ -121,28 +116,11 @@ class Pretrain:
     """Of ldadam."""
     alpha: float | None = None
     """Of lora: the adapters are scaled by alpha / rank."""
-    cache: Path = Path("data")
-    """Where prepared tokens are kept."""
-    data_dir: str | None = None
-    """Where TFDS datasets lie, for tfds:NAME."""
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch",
-            "seq",
-            "accumulate",
-            "eval_every",
-            "eval_batches",
-        ):
+        for name in ("batch", "seq", "accumulate", "checkpoint_every", "log_every"):
             _at_least(self, name, 1)
-        for name in (
-            "checkpoint_every",
-            "log_every",
-            "loss_chunk",
-            "max_skips",
-            "stride",
-        ):
+        for name in ("loss_chunk", "max_skips", "stride"):
             _at_least(self, name, 1)
         _at_least(self, "seed", 0)
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -155,11 +133,12 @@ class Pretrain:
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected"
                     " float32 or bfloat16"
                 )
-        if self.residuals not in WIDTHS:
-            raise UserError(
-                f"--residuals is {self.residuals!r}, expected one of"
-                f" {', '.join(WIDTHS)}"
-            )
+        for name, known in (("residuals", WIDTHS), ("embeddings", EMBEDDINGS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"--{name} is {getattr(self, name)!r}, expected one of"
+                    f" {', '.join(known)}"
+                )
         if self.batch % self.accumulate:
             raise UserError(
                 f"--batch {self.batch} does not divide into --accumulate"
@@ -199,7 +178,7 @@ class Pretrain:
     # how often to look, nothing that a number depends on.
     _FREE = frozenset(
         "out resume cache data_dir tensorboard log_every eval_every eval_batches"
-        " checkpoint_every max_skips".split()
+        " checkpoint_every max_skips generate new_tokens".split()
     )
 
     def as_dict(self) -> dict[str, Any]:
@@ -208,6 +187,19 @@ class Pretrain:
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(self).items()
         }
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Any:
+        """The options that `as_dict` made `saved` of."""
+        values: dict[str, Any] = {
+            field.name: saved[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name in saved
+        }
+        for field in dataclasses.fields(cls):
+            if field.type in (Path, Path | None) and values.get(field.name):
+                values[field.name] = Path(values[field.name])
+        return cls(**values)
 
     def check_continues(self, saved: dict[str, Any]) -> None:
         """Refuses to continue another run.
@@ -222,6 +214,107 @@ class Pretrain:
                 f"cannot resume {self.out}: {changed};"
                 " repeat the options of that run, or choose another --out"
             )
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    """Train a LLaMA on text."""
+
+    preset: str = "llama-tiny"
+    """Shape of the model."""
+    data: str | None = None
+    """A .txt or .jsonl file, a directory of text, or tfds:NAME; without it, the Python
+    standard library's own source."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; without it, bytes."""
+    cross_documents: bool = False
+    """Let tokens attend to earlier documents in their row. Without a mask to build,
+    attention takes less memory and time on a GPU."""
+    eval_batches: int = 64
+    """Held-out batches per evaluation, at most."""
+    cache: Path = Path("data")
+    """Where prepared tokens are kept."""
+    data_dir: str | None = None
+    """Where TFDS datasets lie, for tfds:NAME."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("steps", "eval_every", "eval_batches"):
+            _at_least(self, name, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Training):
+    """Fine-tune a Hugging Face model on a task."""
+
+    model: str
+    """A folder with config.json, *.safetensors and tokenizer.json, or a hub's name."""
+    task: str
+    """cola, mrpc, rte, sst2 or stsb (GLUE), classification, or sft (instructions)."""
+    data: str
+    """A folder with train.tsv and dev.tsv as GLUE distributes them, or tfds:glue/cola; for
+    classification a .csv, .tsv or .jsonl file; for sft a .jsonl file with prompt and
+    completion, question and answer, or messages."""
+    eval_data: str | None = None
+    """A file to hold out; otherwise dev.tsv, or a part of --data."""
+    text: str = "text"
+    """Of classification: the column of the text."""
+    text_pair: str | None = None
+    """Of classification: the column of a second text."""
+    label: str = "label"
+    """Of classification: the column of the label."""
+    regression: bool = False
+    """Of classification: the label is a number to predict."""
+    epochs: float = 3.0
+    """Passes over the training examples, unless --steps are given."""
+    steps: int = 0
+    """Optimizer steps; 0 for those of --epochs."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 for one per epoch."""
+    generate: int = 32
+    """Of sft: held-out prompts that are answered at each evaluation, and compared."""
+    new_tokens: int = 256
+    """Of sft: most tokens of an answer."""
+    lr: float = 5e-5
+    warmup: float = 0.06
+    b2: float = 0.999
+    out: Path = Path("runs/finetune")
+    data_dir: str | None = None
+    """Where TFDS datasets lie, for tfds:NAME."""
+    target: str | None = None
+    """Do not train: say what the step needs on this device, as `plan` does."""
+    json: bool = False
+    """With --target: as JSON."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("steps", "eval_every", "generate"):
+            _at_least(self, name, 0)
+        _at_least(self, "new_tokens", 1)
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise UserError(f"--epochs is {self.epochs}, expected a positive number")
+        if self.task not in TASK_NAMES:
+            raise UserError(
+                f"--task is {self.task!r}, expected one of {', '.join(TASK_NAMES)}"
+            )
+
+    def lasting(self, examples: int) -> "Finetune":
+        """With numbers of steps in the place of epochs."""
+        epoch = max(1, examples // self.batch)
+        steps = self.steps or max(1, round(self.epochs * epoch))
+        every = self.eval_every or min(epoch, steps)
+        return dataclasses.replace(self, steps=steps, eval_every=every)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a run as a folder that transformers opens."""
+
+    checkpoint: Path
+    """A run's folder, of which the best checkpoint is taken if one is marked, else the
+    newest; or a folder of checkpoints."""
+    out: Path
+    """A folder that is absent or empty."""
 
 
 def differences(saved: dict[str, Any], mine: dict[str, Any]) -> str:

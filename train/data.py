@@ -21,7 +21,6 @@ import io
 import itertools
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,6 @@ from typing import Any
 
 import grain
 import numpy as np
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
@@ -38,6 +35,7 @@ from train.text import (
     Coder,
     DataError,
     coder_of,
+    progress_bar,
     read_documents,
     standard_library,
     text_files,
@@ -157,7 +155,7 @@ def load(
     files = standard_library() if data is None else text_files(data)
     read = functools.partial(read_documents, files, skip_undecodable=data is None)
     name = data or f"Python {platform.python_version()} standard library"
-    return _prepared(name, read, coder, Path(cache), progress and sys.stderr.isatty())
+    return _prepared(name, read, coder, Path(cache), progress)
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -203,9 +201,7 @@ def _prepared(
     fingerprint = content.hexdigest()[:16]
     target = cache / fingerprint
     if not target.exists():
-        with rich.progress.Progress(
-            console=rich.console.Console(stderr=True), disable=not progress
-        ) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task("Preparing tokens", total=sizes.total())
             splits = _splits(read, coder, sizes, lambda n: bar.advance(task, n))
             _write(target, splits, coder.dtype)
@@ -390,19 +386,8 @@ class _Streamed(TextData):
 
 
 def _streamed(name: str, data_dir: str | None, coder: Coder) -> TextData:
-    """Opens a prepared TFDS dataset, without its code and without preparing it."""
-    where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    try:
-        # From the files alone: the class behind a name such as c4 may need
-        # TensorFlow or Beam, and tfds.builder would look for it first.
-        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except ValueError as error:
-        raise DataError(
-            f"tfds:{name} is not prepared in {where}; check the name (NAME/CONFIG:"
-            f"VERSION) and the data directory, or prepare it once with `tfds build"
-            f" {name} --file_format=array_record --data_dir={where}` (c4 also needs"
-            " Apache Beam, and days on one machine)"
-        ) from error
+    """Opens a TFDS text dataset, to be tokenised as it is read."""
+    builder, where = open_prepared(name, data_dir)
     if "text" not in builder.info.features:
         raise DataError(
             f"tfds:{name} in {where}: no feature 'text' among"
@@ -416,16 +401,12 @@ def _streamed(name: str, data_dir: str | None, coder: Coder) -> TextData:
         raise DataError(
             f"tfds:{name} in {where}: too few documents to train on, {sizes}"
         )
-    try:
-        documents = {
-            "train": builder.as_data_source(split=f"train[:{cut}]"),
-            "validation": builder.as_data_source(split=held or f"train[{cut}:]"),
-        }
-    except NotImplementedError as error:
-        raise DataError(
-            f"tfds:{name} in {where}: stored as {builder.info.file_format.value}, which"
-            " cannot be read at random; prepare it with --file_format=array_record"
-        ) from error
+    documents = random_access(
+        builder,
+        where,
+        train=f"train[:{cut}]",
+        validation=held or f"train[{cut}:]",
+    )
     state = (_PREPARATION, coder.identity, builder.info.full_name, tail)
     splits = [
         (key, split.num_bytes, split.shard_lengths)
@@ -441,8 +422,71 @@ def _streamed(name: str, data_dir: str | None, coder: Coder) -> TextData:
     )
 
 
+def open_prepared(
+    name: str, data_dir: str | None
+) -> tuple[tfds.core.DatasetBuilder, str]:
+    """Opens a prepared TFDS dataset, without its code and without preparing it.
+
+    Returns:
+      The dataset, and the data directory for messages.
+
+    Raises:
+      DataError: if it is not there.
+    """
+    where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    try:
+        # From the files alone: the class behind a name such as c4 may need
+        # TensorFlow or Beam, and tfds.builder would look for it first.
+        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except ValueError as error:
+        raise DataError(
+            f"tfds:{name} is not prepared in {where}; check the name (NAME/CONFIG:"
+            f"VERSION) and the data directory, or prepare it once with `tfds build"
+            f" {name} --file_format=array_record --data_dir={where}` (c4 also needs"
+            " Apache Beam, and days on one machine)"
+        ) from error
+    return builder, where
+
+
+def random_access(
+    builder: tfds.core.DatasetBuilder, where: str, **splits: str
+) -> dict[str, Sequence[Any]]:
+    """The records of some splits, each named as its keyword.
+
+    Raises:
+      DataError: if the files have an order that cannot be left.
+    """
+    try:
+        return {
+            key: builder.as_data_source(split=split) for key, split in splits.items()
+        }
+    except NotImplementedError as error:
+        info = builder.info
+        raise DataError(
+            f"tfds:{info.full_name} in {where}: stored as {info.file_format.value},"
+            " which cannot be read at random; prepare it with"
+            " --file_format=array_record"
+        ) from error
+
+
+def shuffled(
+    rows: grain.sources.RandomAccessDataSource[Batch], batch: int, seed: int
+) -> grain.DatasetIterator[Batch]:
+    """Returns endless batches of single rows; see `TextData.train`."""
+    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    return iter(order.to_iter_dataset().batch(batch, drop_remainder=True))
+
+
+def fill(rows: Batch, batch: int) -> Batch:
+    """Adds rows of zeros up to `batch`."""
+    missing = batch - len(next(iter(rows.values())))
+    return {
+        key: np.pad(val, ((0, missing), *[(0, 0)] * (val.ndim - 1)))
+        for key, val in rows.items()
+    }
+
+
 def _pad(rows: Batch, batch: int) -> Batch:
     """Adds rows of zeros up to `batch`, and the weights that leave them out."""
-    missing = batch - len(rows["tokens"])
-    full = {key: np.pad(rows[key], ((0, missing), (0, 0))) for key in rows}
+    full = fill(rows, batch)
     return full | {"weights": (full["segments"][:, 1:] > 0).astype(np.float32)}

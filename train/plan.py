@@ -27,7 +27,8 @@ from oasis_jax.models import llama
 from oasis_jax.models.blocks import REMAT
 from train import report
 from train.config import METHOD_OPTIONS, Plan, Pretrain, UserError
-from train.pretrain import Setup, batch_shape, set_up, train_step
+from train.loop import Setup, train_step
+from train.pretrain import set_up
 
 GIB = targets.GIB
 PARTS = ("weights", "optimizer_state", "bases", "gradients", "saved_activations")
@@ -150,7 +151,7 @@ def compile_plan(config: Plan) -> Planned:
     target = targets.find(config.target)
     targets.device(target)
     setup = set_up(config, abstract=True)
-    shape = batch_shape(config)
+    shape = setup.batch
     needs = memory.plan(
         train_step(setup, config),
         setup.state,
@@ -235,7 +236,7 @@ def candidates(variant: Plan) -> list[Candidate]:
     parts = memory.step_parts(
         setup.state,
         setup.loss_fn,
-        batch_shape(smallest),
+        setup.batch,
         accumulate=variant.accumulate,
     )
     saved = parts.pop("saved_activations")

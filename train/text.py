@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import rich.console
+import rich.progress
 import tokenizers
 
 _PIECE = 1 << 20  # characters given to the tokenizer at once
 _ENDINGS = {".txt", ".md", ".rst", ".tex", ".html", ".jsonl", ".py", ".c", ".h", ".cc"}
 _ENDINGS |= {".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".jl", ".sh", ".toml"}
-_SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
+SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 _ACCEPTED = (
     "a .txt, .jsonl or other text file, a directory of such files, tfds:NAME, or"
     " nothing at all for the Python standard library"
@@ -60,26 +64,68 @@ def coder_of(path: str | None) -> Coder:
     """
     if path is None:
         return Coder(lambda text: np.frombuffer(text.encode(), np.uint8), 256, 0, "")
-    try:
-        content = Path(path).expanduser().read_text("utf-8")
-        tokenizer = tokenizers.Tokenizer.from_str(content)
-    # The tokenizers library raises bare Exception for a malformed file.
-    except Exception as error:
-        raise DataError(
-            f"tokenizer {path!r} cannot be read as a tokenizer.json: {error}"
-        ) from error
-    # A tokenizer.json may carry the limits of the model it was trained for.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer, content = open_tokenizer(path)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    size = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
-    found = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
+    size = vocabulary_size(tokenizer)
+    found = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
     separator = found[0] if found else size
     return Coder(
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         max(size, separator + 1),
         separator,
         content,
+    )
+
+
+def open_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer of a `tokenizer.json`, and the file's content.
+
+    It neither truncates nor pads: the file may carry the limits of the model that it
+    was trained for.
+
+    Raises:
+      DataError: if the file cannot be read as one.
+    """
+    try:
+        content = Path(path).expanduser().read_text("utf-8")
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+    # The tokenizers library raises bare Exception for a malformed file.
+    except Exception as error:
+        raise DataError(
+            f"tokenizer {str(path)!r} cannot be read as a tokenizer.json: {error}"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, content
+
+
+def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """One more than the largest token; there may be gaps below it."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def check_fits(size: int, vocab_size: int, seq: int, positions: int | None) -> None:
+    """Holds a tokenizer of `size` tokens and rows of `seq` to the model's limits.
+
+    Raises:
+      DataError: if the embedding is too small, or there are too few positions.
+    """
+    if size > vocab_size:
+        raise DataError(
+            f"the tokenizer has {size:,} tokens, but the model's embedding has only"
+            f" {vocab_size:,}; take the tokenizer that belongs to the model"
+        )
+    if positions is not None and seq > positions:
+        raise DataError(
+            f"seq {seq:,} exceeds the model's {positions:,} positions; shorten seq"
+        )
+
+
+def progress_bar(shown: bool) -> rich.progress.Progress:
+    """A bar on standard error, if that is a terminal and the bar is to be `shown`."""
+    return rich.progress.Progress(
+        console=rich.console.Console(stderr=True),
+        disable=not (shown and sys.stderr.isatty()),
     )
 
 
@@ -129,22 +175,62 @@ def read_documents(files: Iterable[Path], skip_undecodable: bool) -> Iterator[st
 
 
 def _json_lines(path: Path) -> Iterator[str]:
+    expected = 'one JSON object per line with a string field "text"'
+    for place, record in json_objects(path, expected):
+        if not isinstance(text := record.get("text"), str):
+            found = json.dumps(record, ensure_ascii=False)[:60]
+            raise DataError(f"{place}: expected {expected}, found {found!r}")
+        yield text
+
+
+def json_objects(
+    path: Path, expected: str = "one JSON object per line"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields every object of a `.jsonl` file, and where it is: "file:line".
+
+    Raises:
+      DataError: if a line is not UTF-8, or not what is `expected`.
+    """
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            line = _decode(path, raw, offset)
+            line = _decode(path, raw, offset).strip("\ufeff \t\r\n")
             offset += len(raw)
-            if not line.strip():
+            if not line:
                 continue
             try:
-                text = json.loads(line)["text"]
-                text.encode()  # JSON can spell half a surrogate pair; UTF-8 cannot
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                record = json.loads(line)
+                if "\\u" in line:
+                    # JSON can spell half a surrogate pair; UTF-8 cannot.
+                    json.dumps(record, ensure_ascii=False).encode()
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
                 raise DataError(
-                    f"{path}:{number}: expected one JSON object per line with a string"
-                    f' field "text", found {line.strip()[:60]!r}'
-                ) from error
-            yield text
+                    f"{path}:{number}: expected {expected}, found {line[:60]!r}"
+                )
+            yield f"{path}:{number}", record
+
+
+def existing_file(name: str) -> Path:
+    """The path of a file.
+
+    Raises:
+      DataError: if there is none.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f"data {name!r} is no file")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """All of a file, without the mark that some editors put in front.
+
+    Raises:
+      DataError: if it is not UTF-8.
+    """
+    return _decode(path, path.read_bytes()).removeprefix("\ufeff")
 
 
 def _decode(path: Path, raw: bytes, offset: int = 0) -> str:

@@ -98,12 +98,14 @@ class Attention(nn.Module):
         c = self.config
         names = ("q_proj", "k_proj", "v_proj")
         options = _dense_options(c)
-        qkv = shared_dense(self, "qkv", x_BTD, dict.fromkeys(names, c.width), **options)
+        mask = _mask(segments_BT)
+        features = dict.fromkeys(names, c.width)
+        qkv = shared_dense(self, "qkv", x_BTD, features, mask=mask, **options)
         heads = [a.reshape(*a.shape[:-1], c.heads, -1) for a in qkv]
         q, k, v = keep(heads, QKV)
         out_BTHE = attention(q, k, v, segments_BT, causal=False)
         out_BTD = out_BTHE.reshape(x_BTD.shape)
-        return OasisDense(c.width, name="o_proj", **options)(out_BTD)
+        return OasisDense(c.width, name="o_proj", **options)(out_BTD, mask)
 
 
 class MLP(nn.Module):
@@ -112,10 +114,11 @@ class MLP(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> Array:
         c = self.config
-        options = _dense_options(c)
-        up = keep(OasisDense(c.hidden, name="up_proj", **options)(x_BTD), GATE_UP)
+        options, mask = _dense_options(c), _mask(segments_BT)
+        up = OasisDense(c.hidden, name="up_proj", **options)(x_BTD, mask)
+        up = keep(up, GATE_UP)
         place = input_projection(self, "gelu", c.hidden)
         if place.active:
             hidden = compressed(
@@ -123,7 +126,7 @@ class MLP(nn.Module):
             )
         else:
             hidden = _gelu(up)
-        return OasisDense(c.width, name="down_proj", **options)(hidden)
+        return OasisDense(c.width, name="down_proj", **options)(hidden, mask)
 
 
 class Block(nn.Module):
@@ -136,7 +139,7 @@ class Block(nn.Module):
         c = self.config
         x_BTD = keep(x_BTD + Attention(c, name="attn")(x_BTD, segments_BT), MIDDLE)
         x_BTD = LayerNorm(c, name="attn_norm")(x_BTD)
-        x_BTD += MLP(c, name="mlp")(x_BTD)
+        x_BTD += MLP(c, name="mlp")(x_BTD, segments_BT)
         return LayerNorm(c, name="mlp_norm")(x_BTD), None
 
 
@@ -171,7 +174,7 @@ class Bert(nn.Module):
     Args of the call:
       tokens: (B, T) int32.
       segments: (B, T) int32; tokens attend to those with the same number, so 1 for text
-        and 0 for padding. None means that there is no padding.
+        and 0 for padding, which no basis follows. None means that there is no padding.
       types: (B, T) int32, as `BertConfig.types`; None means 0.
 
     Raises:
@@ -220,6 +223,10 @@ _gelu = partial(jax.nn.gelu, approximate=False)
 
 def _dense_options(c: BertConfig) -> dict[str, Any]:
     return dict(dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=_init)
+
+
+def _mask(segments: Array | None) -> Array | None:
+    return None if segments is None else segments > 0
 
 
 def _layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:

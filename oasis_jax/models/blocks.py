@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 from jax import Array
 
+from oasis_jax.models.cache import Cache, Past
 from oasis_jax.residuals import (
     ATTENTION,
     COEFFICIENTS,
@@ -74,7 +75,7 @@ def blocks(
     Returns:
       (B, T, D).
     """
-    config: Any = getattr(module, "config")  # noqa: B009 (nn.Module does not declare it)
+    config = _config(module)
     if module.is_initializing():
         scanned = nn.scan(
             block,
@@ -87,15 +88,45 @@ def blocks(
     # A function of arrays, so that any transformation of JAX goes around it, and no
     # name of a scope depends on which.
     layer = _layer(block, config)
-    stacked = {
+    x, _ = jax.lax.scan(
+        lambda x, variables: (layer(variables, x, segments), None), x, _stacked(module)
+    )
+    return x
+
+
+def advance_blocks(
+    module: nn.Module, block: Callable[..., nn.Module], x: Array, past: Past
+) -> tuple[Array, Cache]:
+    """Applies a stack of blocks after a cache; not for training.
+
+    Args:
+      module, x: As for `blocks`.
+      block: `block(config)(x, None, past)` returns `(x, cache)`.
+      past: The cache of all layers, and where each row's tokens begin.
+
+    Returns:
+      (B, T, D), and the cache with the new tokens.
+    """
+    cache, start = past
+    layer: Any = block(_config(module), parent=None)
+    return jax.lax.scan(
+        lambda x, own: layer.apply(own[0], x, None, (own[1], start)),
+        x,
+        (_stacked(module), cache),
+    )
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config")  # noqa: B009 (nn.Module does not declare it)
+
+
+def _stacked(module: nn.Module) -> dict[str, Any]:
+    """The variables of the stack, by collection."""
+    return {
         name: collection[_NAME]
         for name, collection in module.variables.items()
         if _NAME in collection
     }
-    x, _ = jax.lax.scan(
-        lambda x, variables: (layer(variables, x, segments), None), x, stacked
-    )
-    return x
 
 
 def _layer(block: Callable[..., nn.Module], config: Any) -> Callable[..., Array]:

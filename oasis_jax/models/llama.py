@@ -19,7 +19,8 @@ from jax import Array
 from oasis_jax.attention import attention
 from oasis_jax.linen import DenseWeights, OasisDense, input_projection, shared_dense
 from oasis_jax.losses import chunked_cross_entropy
-from oasis_jax.models.blocks import blocks, check_kept
+from oasis_jax.models.blocks import advance_blocks, blocks, check_kept
+from oasis_jax.models.cache import Cache, Past, cached_attention
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
 from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
 
@@ -227,12 +228,17 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention within each packed document."""
+    """Causal grouped-query attention within each packed document, or after a cache."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> Array:
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        past: Past | None = None,
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         options = _dense_options(c)
         q, k, v = shared_dense(
@@ -250,11 +256,20 @@ class Attention(nn.Module):
         q, k, v = keep(heads, QKV)
         if c.qk_norm:
             q, k = HeadNorm(c, name="q_norm")(q), HeadNorm(c, name="k_norm")(k)
-        out_BTHE = _attend(
-            q, k, v, segments_BT, theta=c.rope_theta, scaling=c.rope_scaling
+        positions_BT = jnp.arange(x_BTD.shape[1])
+        if past is not None:
+            positions_BT += past[1][:, None]
+        q, k = (
+            _rotate(a, positions_BT, theta=c.rope_theta, scaling=c.rope_scaling)
+            for a in (q, k)
         )
+        cache = None
+        if past is None:
+            out_BTHE = attention(q, k, v, segments_BT)
+        else:
+            out_BTHE, cache = cached_attention(q, k, v, *past)
         out = out_BTHE.reshape(*x_BTD.shape[:-1], -1)
-        return OasisDense(c.width, name="o_proj", **options)(out)
+        return OasisDense(c.width, name="o_proj", **options)(out), cache
 
 
 class MLP(nn.Module):
@@ -291,19 +306,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; returns `(x, None)` so that it can be scanned."""
+    """One layer; returns `(x, cache)`, without a cache `(x, None)`, to be scanned."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        past: Past | None = None,
+    ) -> tuple[Array, Cache | None]:
         c = self.config
-        x_BTD += Attention(c, name="attn")(
-            RMSNorm(c, name="attn_norm")(x_BTD), segments_BT
+        out_BTD, cache = Attention(c, name="attn")(
+            RMSNorm(c, name="attn_norm")(x_BTD), segments_BT, past
         )
-        x_BTD = keep(x_BTD, MIDDLE)
+        x_BTD = keep(x_BTD + out_BTD, MIDDLE)
         x_BTD += MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
-        return x_BTD, None
+        return x_BTD, cache
 
 
 class Llama(nn.Module):
@@ -315,6 +335,11 @@ class Llama(nn.Module):
         to; tokens attend within their document only. None means one document.
       targets, weights: (B, T) int32 and float32. With them the result is not the logits,
         which then never exist whole, but `sum(weights * cross-entropy)`, () float32.
+      cache, start: With a cache (`empty_cache`) the tokens are those at `start`, (B,)
+        int32 or None for 0, and after it, and see those before, which the cache has. The
+        result is then `(logits, cache)`. Without segments, and not for training.
+      read: (B,) int32, the one token of each row whose logits are wanted: the result is
+        (B, 1, vocabulary), and the other logits never exist.
 
     Example:
       >>> model = Llama(preset("llama-tiny"))
@@ -335,7 +360,11 @@ class Llama(nn.Module):
         segments: Array | None = None,
         targets: Array | None = None,
         weights: Array | None = None,
-    ) -> Array:
+        *,
+        cache: Cache | None = None,
+        start: Array | None = None,
+        read: Array | None = None,
+    ) -> Array | tuple[Array, Cache]:
         c = self.config
         if c.positions is not None and tokens.shape[-1] > c.positions:
             raise ValueError(
@@ -350,7 +379,14 @@ class Llama(nn.Module):
             embedding_init=nn.initializers.normal(0.02),
             name="embed",
         )
-        x_BTD = blocks(self, Block, embed(tokens), segments)
+        if cache is None:
+            x_BTD = blocks(self, Block, embed(tokens), segments)
+        else:
+            if start is None:
+                start = jnp.zeros(tokens.shape[:1], jnp.int32)
+            x_BTD, cache = advance_blocks(self, Block, embed(tokens), (cache, start))
+        if read is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, read[:, None, None], axis=1)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         place = None
         if c.tied:
@@ -372,9 +408,11 @@ class Llama(nn.Module):
                 transposed=c.tied,
             )
         if place is None:
-            return embed.attend(x_BTD).astype(jnp.float32)
-        (logits,) = place(x_BTD, {"kernel": kernel})
-        return logits.astype(jnp.float32)
+            logits = embed.attend(x_BTD)
+        else:
+            (logits,) = place(x_BTD, {"kernel": kernel})
+        logits = logits.astype(jnp.float32)
+        return logits if cache is None else (logits, cache)
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
@@ -405,27 +443,23 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
 
 
-def _rotate(x_BTHE: Array, theta: float, scaling: RopeScaling | None = None) -> Array:
-    """Rotary embedding, halves paired as in Hugging Face's LLaMA."""
-    tokens, size = x_BTHE.shape[-3], x_BTHE.shape[-1]
-    rates = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if scaling is not None:
-        rates = scaling(rates)
-    angles = jnp.arange(tokens, dtype=jnp.float32)[:, None] * rates
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTHE.dtype)
-
-
-def _attend(
-    q_BTHE: Array,
-    k_BTKE: Array,
-    v_BTKE: Array,
-    segments: Array | None,
+def _rotate(
+    x_BTHE: Array,
+    positions: Array,
     *,
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> Array:
-    q_BTHE, k_BTKE = (_rotate(a, theta, scaling) for a in (q_BTHE, k_BTKE))
-    return attention(q_BTHE, k_BTKE, v_BTKE, segments)
+    """Rotary embedding, halves paired as in Hugging Face's LLaMA.
+
+    Positions are (T,), or (B, T) where rows begin anywhere.
+    """
+    size = x_BTHE.shape[-1]
+    rates = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if scaling is not None:
+        rates = scaling(rates)
+    angles = positions[..., None].astype(jnp.float32) * rates
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTHE.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train import compare
+from train import compare, trials
 from train.__main__ import main
 from train.config import Compare, UserError
 
@@ -67,7 +67,7 @@ def test_keeps_the_best_rate_and_repeats_it_with_every_seed(small, monkeypatch):
         "oasis@0.001": NAN,
         "oasis@0.01": 1.0,
     }
-    monkeypatch.setattr(compare.subprocess, "run", fake(losses, calls))
+    monkeypatch.setattr(trials.subprocess, "run", fake(losses, calls))
     adamw, oasis = compare.run(small)
     assert (adamw["lr"], adamw["val_loss"]) == (1e-3, 2.25)  # seeds 0 and 1
     assert (oasis["lr"], oasis["val_loss"]) == (1e-2, 1.25)
@@ -85,7 +85,7 @@ def test_trials_share_all_options_but_their_own(small, monkeypatch):
     losses = dict.fromkeys(
         ["adamw@0.001", "adamw@0.01", "oasis@0.001", "oasis@0.01"], 1.0
     )
-    monkeypatch.setattr(compare.subprocess, "run", fake(losses, calls))
+    monkeypatch.setattr(trials.subprocess, "run", fake(losses, calls))
     compare.run(small)
     own = ("--method=", "--lr=", "--seed=", "--out=", "--rank=")
     shared = {tuple(w for w in c if not w.startswith(own)) for c in calls}
@@ -138,7 +138,7 @@ def test_refuses_other_options(small, monkeypatch):
     losses = dict.fromkeys(
         ["adamw@0.001", "adamw@0.01", "oasis@0.001", "oasis@0.01"], 1.0
     )
-    monkeypatch.setattr(compare.subprocess, "run", fake(losses, []))
+    monkeypatch.setattr(trials.subprocess, "run", fake(losses, []))
     compare.run(small)
     with pytest.raises(UserError, match="--steps was 3 and is 4"):
         compare.run(dataclasses.replace(small, steps=4))

@@ -13,7 +13,7 @@ import pytest
 
 from oasis_jax.methods import METHODS
 from oasis_jax.trackers import BlockMean, Complement, Oja, Random, Svd
-from train import compare, pretrain
+from train import compare, loop, pretrain, trials
 from train.__main__ import main
 from train.config import METHOD_OPTIONS, Pretrain, UserError
 from train.methods import record
@@ -195,7 +195,7 @@ RANKS = {
 @pytest.mark.parametrize("options, rank", RANKS.values(), ids=RANKS)
 def test_rank_reaches_the_rule(options, rank):
     assert rule(**options).rank == rank
-    assert pretrain._rank(Pretrain(**options)) == rank
+    assert loop._rank(Pretrain(**options)) == rank
 
 
 def test_pattern_and_stride_reach_the_rule():
@@ -397,7 +397,7 @@ def test_bad_options_of_compare(tiny, words, sentence, capsys, tmp_path, monkeyp
     def trial(*_, **__):
         raise AssertionError("a trial began")
 
-    monkeypatch.setattr(compare.subprocess, "run", trial)
+    monkeypatch.setattr(trials.subprocess, "run", trial)
     assert main(["compare", *words.split(), *tiny]) == 1
     out, err = capsys.readouterr()
     (told,) = err.splitlines()
@@ -444,7 +444,7 @@ def in_process(command: list[str], **_) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("words, sentence", BAD_TRIALS.values(), ids=BAD_TRIALS)
 def test_bad_options_that_a_trial_finds(tiny, words, sentence, capsys, monkeypatch):
-    monkeypatch.setattr(compare.subprocess, "run", in_process)
+    monkeypatch.setattr(trials.subprocess, "run", in_process)
     assert main(["compare", *words.split(), "--lrs=1e-3", *tiny]) == 1
     out, err = capsys.readouterr()
     (told,) = err.splitlines()

@@ -12,6 +12,7 @@ from oasis_jax.memory import compiled_bytes, tree_bytes
 from oasis_jax.models.blocks import REMAT
 from train.__main__ import main
 from train.config import Plan, Pretrain, UserError
+from train.loop import train_step
 from train.plan import (
     PARTS,
     Candidate,
@@ -22,7 +23,7 @@ from train.plan import (
     search,
     variants,
 )
-from train.pretrain import batch_shape, set_up, train_step
+from train.pretrain import set_up
 
 GIB = 2**30
 SMALL = ("--preset", "llama-tiny", "--seq", "32", "--batch", "2")
@@ -49,7 +50,7 @@ def test_is_what_pretrain_compiles(as_json):
     config = Plan(preset="llama-tiny", seq=32, batch=2)
     setup = set_up(config)  # real weights, as a run has them
     step = jax.jit(train_step(setup, config), donate_argnums=0)
-    compiled = step.lower(setup.state, batch_shape(config)).compile()
+    compiled = step.lower(setup.state, setup.batch).compile()
     assert as_json["peak_bytes"] == compiled_bytes(compiled)
     assert as_json["parts"]["weights"] == tree_bytes(setup.state.params)
 
@@ -82,7 +83,7 @@ def test_weights_in_bfloat16_and_moments_in_float32():
         assert {str(p.dtype) for p in jax.tree.leaves(state.params)} == {"bfloat16"}
         moments = {str(m.dtype) for m in jax.tree.leaves(state.opt_state)}
         assert moments == {"float32", "int32"}
-        after, _ = jax.eval_shape(train_step(setup, config), state, batch_shape(config))
+        after, _ = jax.eval_shape(train_step(setup, config), state, setup.batch)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
             lambda a: (a.shape, a.dtype), state
         )

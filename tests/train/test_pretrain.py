@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from oasis_jax.checkpoints import Checkpoints
-from train import pretrain
+from oasis_jax.paths import flatten_paths
+from train import loop, pretrain
 from train.__main__ import main
 from train.config import Pretrain, UserError
 
@@ -129,14 +130,14 @@ def test_resume_is_bit_equal(small, changes, monkeypatch):
     whole = checkpointed(config.out, config)
 
     broken = dataclasses.replace(config, out=config.out.with_name("broken"))
-    real = pretrain._record
+    real = loop._record
 
     def killed(done, *rest):
         if done == 5:
             raise RuntimeError("the machine went away")
         return real(done, *rest)
 
-    monkeypatch.setattr(pretrain, "_record", killed)
+    monkeypatch.setattr(loop, "_record", killed)
     with pytest.raises(RuntimeError, match="went away"):
         pretrain.run(broken)
     monkeypatch.undo()
@@ -159,7 +160,7 @@ def test_resume_before_the_first_checkpoint_starts_again(small, monkeypatch):
     def killed(*_):
         raise RuntimeError("the machine went away")
 
-    monkeypatch.setattr(pretrain, "_record", killed)
+    monkeypatch.setattr(loop, "_record", killed)
     with pytest.raises(RuntimeError, match="went away"):
         pretrain.run(config)
     monkeypatch.undo()
@@ -301,3 +302,40 @@ def test_resume_with_other_text(small, corpus, tmp_path, capsys):
     text.write_text(corpus.read_text()[::-1])
     assert main(flags(dataclasses.replace(config, resume=True))) == 1
     assert "the text or its tokenizer changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["oasis", "adamw", "lora", "galore"])
+@pytest.mark.parametrize("how", ["frozen", "adafactor"])
+def test_embeddings_have_an_optimizer_of_their_own(small, method, how):
+    """As a run's first step: what moves, and what the optimizer keeps."""
+    plain = pretrain.set_up(dataclasses.replace(small, method=method))
+    config = dataclasses.replace(small, method=method, embeddings=how)
+    setup = pretrain.set_up(config)
+    first = flatten_paths(setup.state.params)
+
+    def kept(setup):
+        return sum(leaf.size for leaf in jax.tree.leaves(setup.state.opt_state))
+
+    moments = 2 * (first["embed/embedding"].size + first["lm_head/kernel"].size)
+    # Adafactor keeps a row and a column of each, and placeholders.
+    rest = 0 if how == "frozen" else 2 * (256 + 128) + 16
+    assert abs(kept(plain) - kept(setup) - moments) <= rest
+
+    tokens = np.arange(4 * 17, dtype=np.int32).reshape(4, 17)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens)}
+    step = jax.jit(loop.train_step(setup, config))
+    state = setup.state
+    for _ in range(2):  # the schedule starts at zero
+        state, _ = step(state, batch)
+    last = flatten_paths(state.params)
+    moved = {path for path in first if not np.array_equal(first[path], last[path])}
+    assert ("embed/embedding" in moved) == (how == "adafactor")
+    assert ("lm_head/kernel" in moved) == (how == "adafactor")
+    assert "norm/scale" in moved
+
+
+def test_unknown_way_with_embeddings(capsys):
+    assert main(["pretrain", "--embeddings", "sgd"]) == 1
+    assert capsys.readouterr().err == (
+        "error: --embeddings is 'sgd', expected one of adamw, adafactor, frozen\n"
+    )

@@ -1,0 +1,101 @@
+"""Examples of any length, packed into rows of one length."""
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from train.data import Batch
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts items, in their order, each into the first row that has room for it.
+
+    Args:
+      lengths: Of the items; at most `capacity`.
+      capacity: What a row holds.
+
+    Returns:
+      The items of each row, by index.
+
+    Example:
+      >>> pack([3, 4, 2, 1, 1], capacity=5)
+      [[0, 2], [1, 3], [4]]
+    """
+    rows: list[list[int]] = []
+    # Rows by the room that is left in them: looking for the first of all in `capacity`
+    # numbers, instead of in as many as there are rows, keeps large data fast.
+    heaps: list[list[int]] = [[] for _ in range(capacity + 1)]
+    none = len(lengths)
+    first = np.full(capacity + 1, none)
+    for item, length in enumerate(lengths):
+        room = length + int(np.argmin(first[length:]))
+        if first[room] == none:
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            row = heapq.heappop(heaps[room])
+            first[room] = heaps[room][0] if heaps[room] else none
+        rows[row].append(item)
+        left = room - length
+        heapq.heappush(heaps[left], row)
+        first[left] = heaps[left][0]
+    return rows
+
+
+class Example(NamedTuple):
+    """A prompt and its answer.
+
+    Attributes:
+      tokens: Both, and the end token; int32.
+      start: The first token of the answer.
+      prompt: The prompt's tokens as they are before there is an answer.
+      answer: The answer's text.
+    """
+
+    tokens: np.ndarray
+    start: int
+    prompt: np.ndarray
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Rows of `seq` + 1 tokens for random access; made by `pack_examples`.
+
+    A row has `tokens` and `segments`, int32 (seq + 1,), and `weights`, float32 (seq,):
+    1 where the target is a token of an answer.
+    """
+
+    examples: list[Example]
+    contents: list[list[int]]  # the examples of each row
+    seq: int
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def __getitem__(self, index: int) -> Batch:
+        tokens, segments = np.zeros((2, self.seq + 1), np.int32)
+        weights = np.zeros(self.seq, np.float32)
+        start = 0
+        for segment, number in enumerate(self.contents[index], start=1):
+            example = self.examples[number]
+            stop = min(start + len(example.tokens), self.seq + 1)
+            tokens[start:stop] = example.tokens[: stop - start]
+            segments[start:stop] = segment
+            # Token i is the target at i - 1; a document's first one is never one.
+            weights[start + max(1, example.start) - 1 : stop - 1] = 1
+            start = stop
+        return {"tokens": tokens, "segments": segments, "weights": weights}
+
+
+def pack_examples(
+    examples: list[Example], seq: int, draw: np.random.Generator
+) -> PackedRows:
+    """Packs examples in a random order; what is longer than a row is cut at its end."""
+    order = draw.permutation(len(examples)).tolist()
+    lengths = [min(len(examples[index].tokens), seq + 1) for index in order]
+    contents = [[order[i] for i in row] for row in pack(lengths, seq + 1)]
+    return PackedRows(examples, contents, seq)
