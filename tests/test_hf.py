@@ -137,6 +137,8 @@ def test_round_trip(case, tmp_path):
         assert again.config == loaded.config
         chex.assert_trees_all_equal(again.params, loaded.params)
     assert not list(tmp_path.glob(".*"))
+    modes = {file.stat().st_mode for file in tmp_path.glob("*/*")}
+    assert len(modes) == 1
     shards = list((tmp_path / "in shards").glob("model-*.safetensors"))
     assert len(shards) > 3
     assert all(shard.stat().st_size < 9000 for shard in shards)
@@ -574,6 +576,11 @@ def test_folders_that_are_refused(name, tmp_path):
     with pytest.raises(hf.HfError) as caught:
         hf.load(folder)
     assert sentence in str(caught.value)
+
+
+def test_config_of_another_model():
+    with pytest.raises(hf.HfError, match="family bert cannot express a LlamaConfig"):
+        hf.load(DIRECTORY / "bert", preset("llama-tiny"))
 
 
 def test_unknown_change():

@@ -142,6 +142,13 @@ class Family:
             return config
         return with_labels(config, _labels(stored))
 
+    def check(self, config: Config) -> None:
+        """Refuses the config of another model."""
+        if isinstance(config, BertConfig) != (self.model is Bert):
+            raise HfError(
+                f"family {self.model_type} cannot express a {type(config).__name__}"
+            )
+
     def fields(
         self, config: Config, stored: Mapping[str, Any] | None
     ) -> dict[str, Any]:
@@ -150,10 +157,7 @@ class Family:
         Raises:
           HfError: if the family cannot express the config.
         """
-        if isinstance(config, BertConfig) != (self.model is Bert):
-            raise HfError(
-                f"family {self.model_type} cannot express a {type(config).__name__}"
-            )
+        self.check(config)
         kept, written = dict(stored or {}), self.write(config)
         # Where all is said already, as with a sliding window, it is left as it is.
         if not kept or _differing(self.read({**self.defaults, **kept}), config):

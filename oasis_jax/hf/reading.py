@@ -108,6 +108,7 @@ def load(
     if config is None:
         found = told(folder, lambda: family.config(fields_))
     else:
+        told(folder, lambda: family.check(config))
         found, given = config, {*given, "labels", "param_dtype"}
     found = _changed(folder, found, changes)
     with ExitStack() as files:
