@@ -86,16 +86,18 @@ def blocks(config) -> int:
 
 @pytest.mark.parametrize("name", llama.PRESETS)
 def test_inputs_hold_all_weights(name):
-    """But for the norms' scales and the embedding, where it is not the head."""
+    """But for the vectors and the embedding, where it is not the head."""
     config = llama.PRESETS[name]
     shapes = jax.eval_shape(
         llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
     )
     expected = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    norms = config.width * (2 * config.layers + 1)
+    heads = config.heads + 2 * config.kv_heads
+    small = (config.qkv_bias * heads + config.qk_norm * 2) * config.head_size
+    vectors = config.width * (2 * config.layers + 1) + small * config.layers
     embedding = 0 if config.tied else config.vocab_size * config.width
     counted = sum(place.weights for place in llama_inputs(config))
-    assert counted + norms + embedding == expected
+    assert counted + vectors + embedding == expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from oasis_jax import OasisTrainState, Rule, oasis_adam
 from oasis_jax.attention import attention
 from oasis_jax.methods import LINEAR
 from oasis_jax.models import llama
-from oasis_jax.models.llama import Block, Llama, LlamaConfig, RMSNorm, token_losses
+from oasis_jax.models.llama import (
+    Block,
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    RopeScaling,
+    token_losses,
+)
 from oasis_jax.paths import flatten_paths
 from oasis_jax.subspace import probe
 
@@ -136,6 +143,67 @@ def test_packed_documents_do_not_see_each_other():
     assert not np.allclose(first[0, 7:], whole[0, 7:])
 
 
+def test_biases_and_norms_of_heads():
+    """Beside projected kernels, they have the gradients of plain autodiff."""
+    model = Llama(dataclasses.replace(SMALL, layers=1, qkv_bias=True, qk_norm=True))
+    state = OasisTrainState.create(
+        apply_fn=model.apply,
+        **jax.jit(model.init)(jax.random.key(0), TOKENS),
+        tx=oasis_adam(1e-2),
+        rules=[Rule(LINEAR, 0.5)],
+    )
+
+    @jax.jit
+    def gradients(state):
+        _, grads = state.value_and_grad(loss_of(model))()
+        return grads.params, jax.grad(loss_of(model))({"params": state.params})[
+            "params"
+        ]
+
+    grads, exact = map(flatten_paths, gradients(state))
+    for name, shape in {
+        "q_proj/bias": (1, 16),
+        "k_proj/bias": (1, 8),
+        "v_proj/bias": (1, 8),
+        "q_norm/scale": (1, 4),
+        "k_norm/scale": (1, 4),
+    }.items():
+        got = grads[f"blocks/attn/{name}"]
+        assert got.shape == shape
+        np.testing.assert_allclose(
+            got, exact[f"blocks/attn/{name}"], rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    "scaling, expected",
+    [
+        # 100 tokens hold 100 / 2 pi turns of a rate of one a token.
+        (RopeScaling(8.0), [1 / 8, 0.5 / 8, 0.1 / 8, 0.01 / 8]),
+        (
+            RopeScaling(8.0, 100, low=1.0, high=4.0),
+            [1, 0.5, 0.1 * (0.197 + 0.803 / 8), 0.01 / 8],
+        ),
+    ],
+)
+def test_rope_scaling(scaling, expected):
+    """Rates that turn often are kept, those that do not are divided by the factor."""
+    np.testing.assert_allclose(
+        scaling(jnp.array([1, 0.5, 0.1, 0.01])), expected, rtol=1e-3
+    )
+
+
+def test_rope_scaling_of_nothing():
+    with pytest.raises(ValueError, match=r"low 4\.0 and high 1\.0, expected"):
+        RopeScaling(8.0, 100, low=4.0, high=1.0)
+
+
+def test_too_many_tokens():
+    bounded = Llama(dataclasses.replace(SMALL, positions=11))
+    with pytest.raises(ValueError, match="12 tokens, and the model only 11 positions"):
+        jax.eval_shape(bounded.init, jax.random.key(0), TOKENS)
+
+
 def naive_attention(q, k, v, segments, theta):
     """Softmax written out in float64, one head at a time."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
@@ -196,6 +264,9 @@ PUBLISHED = {
     "llama-1b": (2048, 5461, 24, 32, 32, 32_000, 1339),
     "llama-7b": (4096, 11008, 32, 32, 32, 32_000, 6738),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128_256, 1236),
+    "qwen-2.5-0.5b": (896, 4864, 24, 14, 2, 151_936, 494),
+    "qwen-3-0.6b": (1024, 3072, 28, 16, 8, 151_936, 596),
+    "mistral-7b": (4096, 14336, 32, 32, 8, 32_768, 7248),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128_256, 8030),
     "llama-tiny": (128, 344, 4, 4, 4, 256, 0.857),
 }

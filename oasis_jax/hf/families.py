@@ -7,6 +7,7 @@ parameter (`names.py`).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -82,10 +83,9 @@ class Family:
         return self.classifier if labels_of(config) and self.classifier else self.base
 
     def leaves(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the model's parameters by path."""
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        init = self.model(config).init
-        return flatten_paths(jax.eval_shape(init, jax.random.key(0), tokens)["params"])
+        """Shapes and dtypes of the model's parameters by path, in the table's order."""
+        found = _traced(self.model_type, config)
+        return {path: found[path] for path in sorted(found, key=[*self.names].index)}
 
     def name(self, path: str, config: Config, layer: int | None = None) -> str:
         """Hugging Face's name of a parameter, without the prefix.
@@ -142,6 +142,13 @@ class Family:
             return config
         return with_labels(config, _labels(stored))
 
+    def check(self, config: Config) -> None:
+        """Refuses the config of another model."""
+        if isinstance(config, BertConfig) != (self.model is Bert):
+            raise HfError(
+                f"family {self.model_type} cannot express a {type(config).__name__}"
+            )
+
     def fields(
         self, config: Config, stored: Mapping[str, Any] | None
     ) -> dict[str, Any]:
@@ -150,17 +157,30 @@ class Family:
         Raises:
           HfError: if the family cannot express the config.
         """
-        stored = stored or {}
-        # A sliding window and the spelling of the rope are theirs to keep, if they can.
-        if not stored or _differing(self.read({**self.defaults, **stored}), config):
-            kept = {k: v for k, v in stored.items() if k not in _REPLACED}
-            stored = kept | self.write(config)
+        self.check(config)
+        kept, written = dict(stored or {}), self.write(config)
+        # Where all is said already, as with a sliding window, it is left as it is.
+        if not kept or _differing(self.read({**self.defaults, **kept}), config):
+            kept = {k: v for k, v in kept.items() if k not in _REPLACED} | written
             if "sliding_window" in self.defaults:
-                stored["sliding_window"] = None
-        if different := _differing(self.read({**self.defaults, **stored}), config):
+                kept["sliding_window"] = None
+        # But transformers 4 would overlook the rope that 5 writes.
+        kept.pop("rope_parameters", None)
+        kept |= {
+            k: v for k, v in written.items() if k in ("rope_theta", "rope_scaling")
+        }
+        if different := _differing(self.read({**self.defaults, **kept}), config):
             named = "; ".join(different)
             raise HfError(f"family {self.model_type} cannot express {named}")
-        return dict(stored)
+        return kept
+
+
+@lru_cache(16)
+def _traced(model_type: str, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = FAMILIES[model_type].model(config).init
+    made = jax.eval_shape(init, jax.random.key(0), tokens)
+    return flatten_paths(made["params"])
 
 
 def family_of(config: Config) -> "Family":
@@ -227,8 +247,6 @@ _REPLACED = {
 
 
 def _differing(read: Config, config: Config) -> list[str]:
-    if type(read) is not type(config):
-        return [f"a {type(config).__name__}"]
     pairs = {
         f.name: (getattr(read, f.name), getattr(config, f.name))
         for f in fields(config)
@@ -430,18 +448,19 @@ def _encoder(
     )
 
 
+_QWEN = dict(
+    num_key_value_heads=32,
+    sliding_window=4096,
+    use_sliding_window=False,
+    max_window_layers=28,
+)
+
 FAMILIES = {
     family.model_type: family
     for family in (
         _decoder("llama", "LlamaForCausalLM"),
-        _decoder("qwen2", "Qwen2ForCausalLM", ["qkv_bias"], num_key_value_heads=32),
-        _decoder(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            ["qk_norm"],
-            num_key_value_heads=32,
-            head_dim=128,
-        ),
+        _decoder("qwen2", "Qwen2ForCausalLM", ["qkv_bias"], **_QWEN),
+        _decoder("qwen3", "Qwen3ForCausalLM", ["qk_norm"], head_dim=128, **_QWEN),
         _decoder(
             "mistral", "MistralForCausalLM", num_key_value_heads=8, sliding_window=4096
         ),

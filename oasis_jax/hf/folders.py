@@ -46,7 +46,8 @@ def resolve(folder: str | os.PathLike) -> Path:
             f"{absent}, and fetching a model of that name needs the package "
             "huggingface_hub"
         ) from None
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    # Some have all weights a second time, in a file of another name.
+    wanted = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(str(folder), allow_patterns=wanted))
     except Exception as error:

@@ -89,7 +89,7 @@ def load(
 
     Args:
       folder: Or a name of the hub's, as in `resolve`.
-      config: Instead of the folder's.
+      config: Instead of the folder's, `labels` and `param_dtype` too.
       seed: Of parameters that are not stored: an encoder's pooler and classifier.
       place: Takes the path and the value of each leaf once it is whole, and puts it
         where it shall be.
@@ -108,6 +108,7 @@ def load(
     if config is None:
         found = told(folder, lambda: family.config(fields_))
     else:
+        told(folder, lambda: family.check(config))
         found, given = config, {*given, "labels", "param_dtype"}
     found = _changed(folder, found, changes)
     with ExitStack() as files:

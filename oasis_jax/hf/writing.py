@@ -203,6 +203,8 @@ def _write(folder: Path, tensors: Sequence[_Tensor], most: int) -> None:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         # transformers refuses a file without this.
         save_file({t.name: t.value() for t in shard}, folder / name, {"format": "pt"})
+        # safetensors makes files that nobody else may read.
+        shutil.copymode(folder / "config.json", folder / name)
         index |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         size = sum(tensor.bytes for tensor in tensors)
