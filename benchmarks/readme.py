@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from glue import table
+
 from train.report import compare_markdown, human_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,6 +89,77 @@ def methods() -> str:
         + compare_markdown(rows)
         + "\n![Loss and memory of the methods](benchmarks/results/methods.png)"
     )
+
+
+def residuals() -> str:
+    rows = _load("residuals.json")
+    return (
+        f"{_losses(rows)} at a learning rate of {rows[0]['lr']:g}, mean over seeds"
+        f" {rows[0]['seeds']}, by rank and width of residuals; `activations` are those of"
+        f" the compiled step ({_machine(rows[0]['machine'])}):\n\n"
+        + compare_markdown(rows, baseline=rows[0]["method"])
+    )
+
+
+def glue() -> str:
+    """A column a task, points, and what a step took and kept."""
+    result = _load("glue.json")
+    config = result["configuration"]
+    rows = table(result)
+    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
+    whole = [row for row in rows if len(row["tasks"]) == len(tasks)]
+    lines = [
+        f"{config['model']} (22 M parameters) after"
+        f" {', '.join(f'{config["steps"][t]} ({t})' for t in tasks)} steps of"
+        f" {config['batch']} examples, rank {config['rank']}: the best of three"
+        " evaluations on the dev set, in points (Matthews, mean of F1 and accuracy,"
+        " accuracy, accuracy), mean ± deviation over seeds at the best of three learning"
+        f" rates; bytes are of {tasks[0]}'s compiled step, and so is its time, two trials"
+        f" side by side ({_machine(result['machine'])}):",
+        "",
+        f"| method | average | {' | '.join(tasks)} | step (ms) | optimizer | activations"
+        " | peak |",
+        "|:---|---:|" + "---:|" * (len(tasks) + 4),
+    ]
+    for row in whole:
+        first = row["tasks"][tasks[0]]
+        sizes = ("optimizer_state_bytes", "saved_activation_bytes", "peak_bytes")
+        cells = [
+            row["method"],
+            f"{row['average']:.1f} ± {row['deviation']:.1f}",
+            *(f"{t['mean']:.1f} ± {t['deviation']:.1f}" for t in row["tasks"].values()),
+            f"{first['step_ms']:,.0f}",
+            *(human_bytes(first["bytes"][size]) for size in sizes),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    rates = [
+        f"{row['method']} "
+        + "/".join(f"{task['lr']:g}" for task in row["tasks"].values())
+        for row in whole
+    ]
+    return "\n".join([*lines, "", f"Learning rates, by task: {', '.join(rates)}."])
+
+
+def finetune_plans() -> str:
+    result = _load("finetune_plan_h200.json")
+    config = result["plans"][0]["configuration"]
+    parts = ("weights", "gradients", "optimizer_state", "bases", "saved_activations")
+    lines = [
+        f"Peak of the compiled step of {config['model']} on instructions,"
+        f" {config['batch']} x {config['seq']} packed tokens, {config['param_dtype']}"
+        f" weights, for an {config['target']} (jax {result['versions']['jax']}), OASIS at"
+        " r = 256:",
+        "",
+        "| method | embeddings | peak |"
+        f" {' | '.join(p.replace('_', ' ') for p in parts)} |",
+        "|:---|:---|" + "---:|" * (1 + len(parts)),
+    ]
+    for plan in result["plans"]:
+        own = plan["configuration"]
+        sizes = [plan["peak_bytes"], *(plan["parts"][part] for part in parts)]
+        cells = [own["method"], own["embeddings"], *map(human_bytes, sizes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def step() -> str:
@@ -197,6 +270,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "first run": first_run,
     "quality": quality,
     "methods": methods,
+    "residuals": residuals,
+    "glue": glue,
+    "finetune plans": finetune_plans,
     "step": step,
     "plans": plans,
     "frontier": frontier,

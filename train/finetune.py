@@ -15,14 +15,16 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from oasis_jax import hf, memory
+from oasis_jax import hf, memory, targets
 from oasis_jax.checkpoints import Checkpoints
+from oasis_jax.compat import without_accelerators
 from oasis_jax.models.bert import Bert, BertConfig
 from oasis_jax.models.generate import generate, pad
 from oasis_jax.models.llama import Llama, LlamaConfig
 from oasis_jax.state import OasisTrainState
 from train import loop, report
 from train.config import Finetune, UserError
+from train.plan import compile_step, versions
 from train.sft import SftData, exact_match, load_sft
 from train.tasks import TASKS, TaskData, load_task, metrics
 
@@ -349,21 +351,17 @@ def plan(config: Finetune) -> dict[str, Any]:
     outputs = 0 if config.task == "sft" else len(TASKS[config.task].labels) or 1
     shape = changed(config, shape_of(config, folder), outputs)
     setup = set_up(config.lasting(config.batch), shape, abstract=True)
-    target = str(config.target)
-    needs = memory.plan(
-        loop.train_step(setup, config),
-        setup.state,
-        setup.batch,
-        target=target,
+    needs, parts = compile_step(
+        setup,
+        config,
+        str(config.target),
         name=f"{config.task} of {config.model} with {config.method}",
-    )
-    counted = memory.step_parts(
-        setup.state, setup.loss_fn, setup.batch, accumulate=config.accumulate
     )
     return {
         "peak_bytes": needs.peak_bytes,
-        "parts": counted,
+        "parts": parts,
         "configuration": config.as_dict(),
+        "versions": versions(),
     }
 
 
@@ -380,7 +378,12 @@ def _tell(planned: dict[str, Any], config: Finetune) -> None:
 
 def main(config: Finetune) -> int:
     if config.target is not None:
-        _tell(plan(config), config)
+        # A GPU that is there would be claimed, and is not needed.
+        without_accelerators()
+        try:
+            _tell(plan(config), config)
+        except (targets.TargetError, memory.PlanError) as error:
+            raise UserError(str(error)) from None
         return 0
     best = run(config)["best"]
     numbers = (f"{k} {v:.4f}" for k, v in best.items() if isinstance(v, float))

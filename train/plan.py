@@ -26,7 +26,7 @@ from oasis_jax.methods import row
 from oasis_jax.models import llama
 from oasis_jax.models.blocks import REMAT
 from train import report
-from train.config import METHOD_OPTIONS, Plan, Pretrain, UserError
+from train.config import METHOD_OPTIONS, Plan, Pretrain, Training, UserError
 from train.loop import Setup, train_step
 from train.pretrain import set_up
 
@@ -151,22 +151,33 @@ def compile_plan(config: Plan) -> Planned:
     target = targets.find(config.target)
     targets.device(target)
     setup = set_up(config, abstract=True)
-    shape = setup.batch
-    needs = memory.plan(
-        train_step(setup, config),
-        setup.state,
-        shape,
-        target=config.target,
-        name=as_flags(config),
-    )
-    counted = memory.step_parts(
-        setup.state, setup.loss_fn, shape, accumulate=config.accumulate
-    )
-    parts = {name: counted[name] for name in PARTS}
-    parts["workspace"] = max(0, needs.peak_bytes - sum(parts.values()))
+    needs, parts = compile_step(setup, config, config.target, as_flags(config))
     fits = not needs.refused and needs.peak_bytes <= target.memory
     seconds = step_seconds(config, setup)
     return Planned(config, needs.peak_bytes, parts, seconds, fits)
+
+
+def compile_step(
+    setup: Setup, config: Training, target: str, name: str
+) -> tuple[memory.Plan, dict[str, int]]:
+    """What a train step needs on a target, and its parts.
+
+    Args:
+      setup: Of which shapes are enough.
+      name: What errors call it.
+
+    Raises:
+      TargetError, PlanError: as `memory.plan` does.
+    """
+    needs = memory.plan(
+        train_step(setup, config), setup.state, setup.batch, target=target, name=name
+    )
+    counted = memory.step_parts(
+        setup.state, setup.loss_fn, setup.batch, accumulate=config.accumulate
+    )
+    parts = {name: counted[name] for name in PARTS}
+    parts["workspace"] = max(0, needs.peak_bytes - sum(parts.values()))
+    return needs, parts
 
 
 # --- A search -----------------------------------------------------------------------
