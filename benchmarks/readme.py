@@ -108,9 +108,9 @@ def glue() -> str:
     rows = table(result)
     tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
     whole = [row for row in rows if len(row["tasks"]) == len(tasks)]
+    steps = ", ".join(f"{config['steps'][task]} ({task})" for task in tasks)
     lines = [
-        f"{config['model']} (22 M parameters) after"
-        f" {', '.join(f'{config["steps"][t]} ({t})' for t in tasks)} steps of"
+        f"{config['model']} (22 M parameters) after {steps} steps of"
         f" {config['batch']} examples, rank {config['rank']}: the best of three"
         " evaluations on the dev set, in points (Matthews, mean of F1 and accuracy,"
         " accuracy, accuracy), mean ± deviation over seeds at the best of three learning"
