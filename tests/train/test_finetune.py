@@ -23,6 +23,7 @@ from train.__main__ import main
 from train.config import Export, Finetune, Pretrain
 from train.pretrain import run as pretrain
 from train.tasks import load_task
+from train.trials import command_line
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good fine bad poor film plot a the is was".split()
 ENCODER = BertConfig(16, 16, 24, layers=2, heads=2, positions=16)
@@ -102,53 +103,25 @@ def sums(tmp_path_factory) -> Path:
     return file
 
 
+OPTIONS = dict(checkpoint_every=3, rank="8", lr=1e-2, log_every=1)
+
+
 @pytest.fixture
 def classify(encoder, reviews, tmp_path) -> Finetune:
-    return Finetune(
-        model=str(encoder),
-        task="sst2",
-        data=str(reviews),
-        out=tmp_path / "run",
-        batch=8,
-        seq=8,
-        steps=12,
-        eval_every=6,
-        checkpoint_every=3,
-        rank="8",
-        lr=1e-2,
-        log_every=1,
-    )
+    where = dict(model=str(encoder), data=str(reviews), out=tmp_path / "run")
+    size = dict(batch=8, seq=8, steps=12, eval_every=6)
+    return Finetune(task="sst2", **where, **size, **OPTIONS)
 
 
 @pytest.fixture
 def instruct(decoder, sums, tmp_path) -> Finetune:
-    return Finetune(
-        model=str(decoder),
-        task="sft",
-        data=str(sums),
-        out=tmp_path / "run",
-        batch=4,
-        seq=32,
-        steps=8,
-        eval_every=4,
-        checkpoint_every=3,
-        generate=3,
-        new_tokens=6,
-        rank="8",
-        lr=1e-2,
-        log_every=1,
-    )
+    where = dict(model=str(decoder), data=str(sums), out=tmp_path / "run")
+    size = dict(batch=4, seq=32, steps=8, eval_every=4, generate=3, new_tokens=6)
+    return Finetune(task="sft", **where, **size, **OPTIONS)
 
 
 def flags(config: Finetune) -> list[str]:
-    words = ["finetune"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, bool):
-            words += [f"--{field.name}"] if value else []
-        elif value is not None:
-            words.append(f"--{field.name.replace('_', '-')}={value}")
-    return words
+    return command_line("finetune", dataclasses.asdict(config))[3:]
 
 
 def lines(out: Path) -> list[dict]:

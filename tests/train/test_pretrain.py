@@ -18,6 +18,7 @@ from oasis_jax.paths import flatten_paths
 from train import loop, pretrain
 from train.__main__ import main
 from train.config import Pretrain, UserError
+from train.trials import command_line
 
 WORDS = (
     "the basis follows the activations a little every step and the moments go along "
@@ -49,14 +50,7 @@ def small(corpus, tmp_path) -> Pretrain:
 
 def flags(config: Pretrain) -> list[str]:
     """The command line that gives this configuration."""
-    words = ["pretrain"]
-    for field in dataclasses.fields(Pretrain):
-        value = getattr(config, field.name)
-        if isinstance(value, bool):
-            words += [f"--{field.name}"] if value else []
-        elif value is not None:
-            words.append(f"--{field.name.replace('_', '-')}={value}")
-    return words
+    return command_line("pretrain", dataclasses.asdict(config))[3:]
 
 
 def lines(out: Path) -> list[dict]:
