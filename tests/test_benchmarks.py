@@ -1,5 +1,7 @@
 """The benchmarks' scripts, as they are called, at sizes that say nothing."""
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -71,3 +73,59 @@ def test_a_wrong_configuration_is_one_line():
     assert result.returncode == 1
     assert result.stderr.startswith("error: configuration is 'oasis', expected method:")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def glue(monkeypatch, tmp_path):
+    """The script as a module, its trials a formula of learning rate and seed."""
+    spec = importlib.util.spec_from_file_location("glue", ROOT / "benchmarks/glue.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "glue", module)
+    spec.loader.exec_module(module)
+    module.ran = []
+
+    def trial(out, command, diverged):
+        out.mkdir(parents=True)
+        options = dict(word[2:].split("=") for word in command[4:] if "=" in word)
+        module.ran.append(options)
+        lr, seed = float(options["lr"]), int(options["seed"])
+        if lr > 0.5:
+            return diverged()
+        return {
+            "best": {"score": 0.5 + lr + 0.01 * seed},
+            "step_ms_median": 5.0,
+            "peak_bytes": 7,
+        }
+
+    monkeypatch.setattr(module, "run_trial", trial)
+    return module
+
+
+def test_glue_sweeps_repeats_and_goes_on(glue, tmp_path, capsys):
+    config = glue.Config(
+        model=Path("encoder"),
+        data=Path("glue"),
+        methods=("adamw", "galore"),
+        tasks=("cola", "rte"),
+        lrs=(0.1, 0.2, 0.4),
+        out=tmp_path / "runs",
+        results=tmp_path / "glue.json",
+    )
+    rows = {row["method"]: row for row in glue.run(config)}
+    assert len(glue.ran) == 2 * 2 * (3 + 2)
+    # GaLore takes learning rates times four, and diverges at all but the smallest.
+    best = {name: row["tasks"]["rte"]["lr"] for name, row in rows.items()}
+    assert best == {"adamw": 0.4, "galore": pytest.approx(0.4)}
+    cell = rows["adamw"]["tasks"]["cola"]
+    assert cell["mean"] == pytest.approx(91) and cell["seeds"] == 3
+    assert cell["deviation"] == pytest.approx(1) and cell["bytes"] == {"peak_bytes": 7}
+    assert rows["adamw"]["deviation"] == pytest.approx(2**0.5 / 2)
+    ranks = {options["method"]: options.get("rank") for options in glue.ran}
+    assert ranks == {"adamw": None, "galore": "32"}
+
+    glue.ran.clear()
+    more = dataclasses.replace(config, methods=("adamw", "galore", "oasis"))
+    assert len(glue.run(more)) == 3
+    assert {options["method"] for options in glue.ran} == {"oasis"}
+    assert glue.main(dataclasses.replace(config, rank="8")) == 1
+    assert "choose another file" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from oasis_jax.checkpoints import CheckpointError, Checkpoints
 from train import finetune, pretrain, report
 from train.config import Export, Finetune, Pretrain, UserError
 from train.loop import Setup
+from train.text import byte_tokenizer, coder_of, open_tokenizer
 
 
 def run(config: Export) -> Path:
@@ -28,8 +29,19 @@ def run(config: Export) -> Path:
     params = jax.device_get(jax.jit(lambda state: state.merged_params())(state))
     shape = setup.model.config
     hf.save(config.out, shape, params, source=source, label_names=labels or None)
+    if source is None:
+        _write_tokenizer(config.out, saved["tokenizer"])
     (config.out / "README.md").write_text(card(saved, folder, step))
     return config.out
+
+
+def _write_tokenizer(folder: Path, given: str | None) -> None:
+    """The tokenizer that a model was pretrained with, and the token that ends a text."""
+    tokenizer = open_tokenizer(given)[0] if given else byte_tokenizer()
+    end = tokenizer.id_to_token(coder_of(given).separator)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    report.write_json(folder / "tokenizer_config.json", about)
 
 
 def _checkpoints(folder: Path) -> Path:
@@ -48,9 +60,8 @@ def _checkpoints(folder: Path) -> Path:
 def rebuilt(saved: dict[str, Any]) -> tuple[Setup, str | None, list[str]]:
     """The run's set-up in shapes, the model it began with, and its labels."""
     if "task" not in saved:
-        run = Pretrain.of(saved)
-        size = saved.get("vocab_size")
-        return pretrain.set_up(run, size, abstract=True), None, []
+        size = saved["vocab_size"]
+        return pretrain.set_up(Pretrain.of(saved), size, abstract=True), None, []
     tuned = Finetune.of(saved)
     folder = hf.resolve(tuned.model)
     shape = finetune.changed(tuned, finetune.shape_of(tuned, folder), saved["outputs"])

@@ -94,7 +94,8 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
         setup,
         batches,
         partial(_evaluate, setup, data, config),
-        about=config.as_dict() | {"data_fingerprint": data.fingerprint},
+        about=config.as_dict()
+        | {"data_fingerprint": data.fingerprint, "vocab_size": data.vocab_size},
         title=config.preset,
         console=console,
     )

@@ -99,6 +99,25 @@ def open_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, str]:
     return tokenizer, content
 
 
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """What `coder_of(None)` does, as a tokenizer: a token is a byte.
+
+    >>> byte_tokenizer().encode("né").ids, byte_tokenizer().decode([110, 195, 169])
+    ([110, 195, 169], 'né')
+    """
+    # As GPT-2 spells bytes: those that can be seen as they are, the others from 256 on.
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    spelled = {chr(byte): byte for byte in seen}
+    spelled |= {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(spelled, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
 def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
     """One more than the largest token; there may be gaps below it."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors
 
 from oasis_jax import hf
 from oasis_jax.checkpoints import Checkpoints
@@ -23,6 +23,7 @@ from train.__main__ import main
 from train.config import Export, Finetune, Pretrain
 from train.pretrain import run as pretrain
 from train.tasks import load_task
+from train.text import byte_tokenizer, coder_of
 from train.trials import command_line
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good fine bad poor film plot a the is was".split()
@@ -65,11 +66,7 @@ def encoder(tmp_path_factory, words):
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     """With a tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    made = byte_tokenizer()
     made.add_special_tokens(["<|endoftext|>"])
     folder = saved(tmp_path_factory.mktemp("models") / "llama", DECODER, made)
     about = {"eos_token": "<|endoftext|>"}
@@ -287,6 +284,16 @@ def test_a_pretrained_model_is_exported_too(tmp_path):
     out = export.run(Export(run.out, tmp_path / "exported"))
     loaded = hf.load(out)
     assert loaded.config.vocab_size == 256
+    tokenizer = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    every = "".join(map(chr, range(0x110))) + "𝄞"
+    assert tokenizer.encode(every).ids == [*every.encode()]
+    assert tokenizer.decode([*every.encode()]) == every
+    assert (
+        tokenizer.token_to_id(
+            json.loads((out / "tokenizer_config.json").read_text())["eos_token"]
+        )
+        == coder_of(None).separator
+    )
     _, _, state = kept(run.out / "checkpoints")
     kernel = "blocks/mlp/up_proj/kernel"
     assert np.array_equal(
