@@ -250,6 +250,15 @@ def _scores(options, split: Chunks, i, q_BCKGE, k_BTKE, segments):
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
+def _after(i: Array, data: Array) -> Array:
+    """The number of a chunk, known no earlier than the data.
+
+    The masks of all chunks could be made before there is any data. They would be, once
+    for all layers, and kept: B H T^2 bytes on a TPU.
+    """
+    return lax.optimization_barrier((i, data))[0]
+
+
 def _blockwise_forward(options, q, k, v, segments):
     split = chunks(q.shape[1], options.chunk)
     q_BTKGE = _grouped(q, k.shape[2])
@@ -257,6 +266,7 @@ def _blockwise_forward(options, q, k, v, segments):
 
     def body(carry, i):
         out, lse = carry
+        i = _after(i, q)
         scores = _scores(options, split, i, split.take(q_BTKGE, i), k, segments)
         own_lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - own_lse[..., None]).astype(v.dtype)
@@ -279,6 +289,7 @@ def _blockwise_backward(options, q, k, v, segments, out, lse, dy):
 
     def body(carry, i):
         dq, dk, dv = carry
+        i = _after(i, dy)
         own_q, own_dy = split.take(q_BTKGE, i), split.take(dy_BTKGE, i)
         own_lse, own_wide = split.take(lse, i, -1), split.take(wide, i, -1)
         scores = _scores(options, split, i, own_q, k, segments)
