@@ -224,7 +224,17 @@ def test_bytes_of_the_state(name):
     assert tree_bytes(state.subspace) == 4 * held
 
 
-@pytest.mark.parametrize("name", OWN)
+# What differs in how layers are stacked, or batches cut.
+QUICK = ("adamw", "oasis", "prac", "lora", "galore")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in OWN
+    ],
+)
 def test_layers_unrolled_and_batches_in_parts(name):
     """Layers one by one, each batch as three microbatches: the same as scanned, whole."""
     state, step = prepared(name)

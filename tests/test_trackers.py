@@ -46,11 +46,18 @@ def run(tracker, basis, sigma, steps, noise=0.0):
 @pytest.mark.parametrize(
     "tracker", [Oja(), Oja(axes="none"), Random(7), Fixed()], ids=lambda t: str(t)
 )
-@pytest.mark.parametrize("dtype, n", [(jnp.float32, 96), (jnp.bfloat16, 512)])
-def test_orthonormal_after_ten_thousand_steps(tracker, dtype, n):
+@pytest.mark.parametrize(
+    "dtype, n",
+    [
+        (jnp.float32, 96),
+        pytest.param(jnp.bfloat16, 512, marks=pytest.mark.slow),  # minutes
+        (jnp.bfloat16, 96),
+    ],
+)
+def test_orthonormal_after_thousands_of_steps(tracker, dtype, n):
     sigma, _ = covariance(n, 0.9)
     basis = tracker.init(KEY, (n, 8)).astype(dtype)
-    basis = run(tracker, basis, sigma, 10_000, noise=0.1)
+    basis = run(tracker, basis, sigma, 10_000 if n > 96 else 4_000, noise=0.1)
     assert basis.dtype == dtype
     assert orthonormality(basis) < 1e-3
 

@@ -346,7 +346,7 @@ def tiny(corpus, tmp_path, monkeypatch) -> list[str]:
     def compiled(*_):
         raise AssertionError("it went on to compile a step")
 
-    monkeypatch.setattr(pretrain, "_compiled_step", compiled)
+    monkeypatch.setattr(loop, "_compiled_step", compiled)
     sizes = "--steps=2 --batch=2 --seq=16 --eval-batches=1".split()
     cache = corpus.with_name("cache")
     return [f"--data={corpus}", f"--cache={cache}", f"--out={tmp_path / 'run'}", *sizes]
