@@ -47,17 +47,17 @@ def run(tracker, basis, sigma, steps, noise=0.0):
     "tracker", [Oja(), Oja(axes="none"), Random(7), Fixed()], ids=lambda t: str(t)
 )
 @pytest.mark.parametrize(
-    "dtype, n",
+    "dtype, n, steps",
     [
-        (jnp.float32, 96),
-        pytest.param(jnp.bfloat16, 512, marks=pytest.mark.slow),  # minutes
-        (jnp.bfloat16, 96),
+        (jnp.float32, 96, 4_000),
+        (jnp.bfloat16, 512, 400),
+        pytest.param(jnp.bfloat16, 512, 10_000, marks=pytest.mark.slow),  # minutes
     ],
 )
-def test_orthonormal_after_thousands_of_steps(tracker, dtype, n):
+def test_orthonormal_after_many_steps(tracker, dtype, n, steps):
     sigma, _ = covariance(n, 0.9)
     basis = tracker.init(KEY, (n, 8)).astype(dtype)
-    basis = run(tracker, basis, sigma, 10_000 if n > 96 else 4_000, noise=0.1)
+    basis = run(tracker, basis, sigma, steps, noise=0.1)
     assert basis.dtype == dtype
     assert orthonormality(basis) < 1e-3
 
