@@ -8,6 +8,7 @@ JSON in `benchmarks/results/`; a section without results stays as it is.
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -92,13 +93,23 @@ def methods() -> str:
 
 
 def residuals() -> str:
-    rows = _load("residuals.json")
-    return (
-        f"{_losses(rows)} at a learning rate of {rows[0]['lr']:g}, mean over seeds"
-        f" {rows[0]['seeds']}, by rank and width of residuals; `activations` are those of"
-        f" the compiled step ({_machine(rows[0]['machine'])}):\n\n"
-        + compare_markdown(rows, baseline=rows[0]["method"])
-    )
+    """Loss and bytes; times are left out, for trials had not a machine to themselves."""
+    rows = sorted(_load("residuals.json"), key=lambda row: row["val_loss"])
+    lines = [
+        f"{_losses(rows)} at a learning rate of {rows[0]['lr']:g}, mean ± deviation over"
+        f" seeds {rows[0]['seeds']}; bytes are those of the compiled step"
+        f" ({_machine(rows[0]['machine'])}):",
+        "",
+        "| method:rank:residuals | val loss | activations | optimizer | peak |",
+        "|:---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        deviation = statistics.stdev(trial["val_loss"] for trial in row["all"])
+        sizes = ("saved_activation_bytes", "optimizer_state_bytes", "peak_bytes")
+        cells = [f"{row['val_loss']:.4f} ± {deviation:.4f}"]
+        cells += [human_bytes(row[size]) for size in sizes]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def glue() -> str:
