@@ -89,8 +89,12 @@ def card(saved: dict[str, Any], folder: Path, step: int) -> str:
     lines += [f"| {name} | {saved.get(name)} |" for name in shown.split()]
     if measured:
         lines += ["", "Measured on the held-out split:", ""]
-        lines += [f"- {k}: {v:.4g}" for k, v in measured.items() if k != "step"]
+        lines += [f"- {name}: {_shown(v)}" for name, v in measured.items()]
     return "\n".join(lines) + "\n"
+
+
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
