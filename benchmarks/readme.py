@@ -125,8 +125,8 @@ def glue() -> str:
         f" {config['batch']} examples, rank {config['rank']}: the best of three"
         " evaluations on the dev set, in points (Matthews, mean of F1 and accuracy,"
         " accuracy, accuracy), mean ± deviation over seeds at the best of three learning"
-        f" rates; bytes are of {tasks[0]}'s compiled step, and so is its time, two trials"
-        f" side by side ({_machine(result['machine'])}):",
+        f" rates; bytes are of {tasks[0]}'s compiled step, and so is the time, the least"
+        f" of the trials' medians ({_machine(result['machine'])}):",
         "",
         f"| method | average | {' | '.join(tasks)} | step (ms) | optimizer | activations"
         " | peak |",
