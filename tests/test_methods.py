@@ -25,6 +25,16 @@ from oasis_jax.paths import flatten_paths
 
 WIDTH, HIDDEN, LAYERS, BATCH = 16, 24, 2, 24
 OWN = [name for name, row in METHODS.items() if not row.ablation]
+# One of each kind: how layers are stacked, batches cut and numbers rounded.
+QUICK = ("adamw", "oasis", "prac", "lora", "galore")
+
+
+def quick(names):
+    """The names, those that are not of `QUICK` by hand, for each compiles two models."""
+    return [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in names
+    ]
 
 
 class Mix(nn.Module):
@@ -224,17 +234,7 @@ def test_bytes_of_the_state(name):
     assert tree_bytes(state.subspace) == 4 * held
 
 
-# What differs in how layers are stacked, or batches cut.
-QUICK = ("adamw", "oasis", "prac", "lora", "galore")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in OWN
-    ],
-)
+@pytest.mark.parametrize("name", quick(OWN))
 def test_layers_unrolled_and_batches_in_parts(name):
     """Layers one by one, each batch as three microbatches: the same as scanned, whole."""
     state, step = prepared(name)
@@ -262,7 +262,7 @@ def test_layers_unrolled_and_batches_in_parts(name):
     jax.tree.map(close, after.params, unrolled(expected.params))
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", quick(OWN))
 def test_bfloat16(name):
     """Computes in bfloat16, trains, and keeps its own state in float32."""
     step = jax.jit(partial(train_step, Model(dtype=jnp.bfloat16)))

@@ -1,7 +1,7 @@
 """`python -m train COMMAND ...`; `--help` lists commands and options."""
 
 import sys
-from collections.abc import Callable
+from types import ModuleType
 from typing import Annotated
 
 import tyro
@@ -29,13 +29,13 @@ Command = (
     | Annotated[Methods, tyro.conf.subcommand("methods")]
 )
 
-_MAIN: dict[type, Callable] = {
-    Pretrain: pretrain.main,
-    Finetune: finetune.main,
-    Export: export.main,
-    Compare: compare.main,
-    Plan: plan.main,
-    Methods: methods.main,
+_MODULES: dict[type, ModuleType] = {
+    Pretrain: pretrain,
+    Finetune: finetune,
+    Export: export,
+    Compare: compare,
+    Plan: plan,
+    Methods: methods,
 }
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 1 with one sentence if not."""
     try:
         config = tyro.cli(Command, args=argv, prog="python -m train")
-        return _MAIN[type(config)](config)
+        return _MODULES[type(config)].main(config)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
