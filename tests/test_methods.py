@@ -29,10 +29,10 @@ OWN = [name for name, row in METHODS.items() if not row.ablation]
 QUICK = ("adamw", "oasis", "prac", "lora", "galore")
 
 
-def quick(names):
-    """The names, those that are not of `QUICK` by hand, for each compiles two models."""
+def quick(names, chosen=QUICK):
+    """The names, those that are not chosen by hand, for each compiles a model or two."""
     return [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=() if name in chosen else pytest.mark.slow)
         for name in names
     ]
 
@@ -139,7 +139,7 @@ def equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, OWN))
 def test_trains_and_compiles_once(name):
     """The loss falls, the step compiles once, a basis's columns stay orthogonal."""
     state, step = prepared(name)

@@ -148,7 +148,10 @@ def test_classification_learns_and_keeps_the_best(classify):
 
 @pytest.mark.parametrize(
     ("which", "changes"),
-    [("classify", {}), ("instruct", {"method": "lora", "accumulate": 2})],
+    [
+        ("instruct", {"method": "lora", "accumulate": 2}),
+        pytest.param("classify", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_bit_equal(which, changes, request, monkeypatch):
     config = dataclasses.replace(request.getfixturevalue(which), **changes)

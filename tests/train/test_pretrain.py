@@ -98,7 +98,11 @@ def test_run_writes_what_it_promises(small, method):
     [
         ("none", ("saved_activation", "gradient", "optimizer_state", "peak")),
         # Here AdamW recomputes its dense layers' inputs, too, and keeps no coefficients.
-        ("elementwise", ("gradient", "optimizer_state", "peak")),
+        pytest.param(
+            "elementwise",
+            ("gradient", "optimizer_state", "peak"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_oasis_needs_less_than_adamw(small, remat, parts):
