@@ -26,7 +26,7 @@ from oasis_jax.paths import flatten_paths
 WIDTH, HIDDEN, LAYERS, BATCH = 16, 24, 2, 24
 OWN = [name for name, row in METHODS.items() if not row.ablation]
 # One of each kind: how layers are stacked, batches cut and numbers rounded.
-QUICK = ("adamw", "oasis", "prac", "lora", "galore")
+QUICK = ("adamw", "oasis", "velora", "lora", "galore")
 
 
 def quick(names, chosen=QUICK):
