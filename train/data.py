@@ -477,6 +477,15 @@ def shuffled(
     return iter(order.to_iter_dataset().batch(batch, drop_remainder=True))
 
 
+def split_off(
+    items: Sequence[Any], size: int, draw: np.random.Generator
+) -> tuple[list[Any], list[Any]]:
+    """What stays, and `size` items held out by chance, both in their order."""
+    held = set(draw.permutation(len(items))[:size].tolist())
+    stays = [item for i, item in enumerate(items) if i not in held]
+    return stays, [items[i] for i in sorted(held)]
+
+
 def fill(rows: Batch, batch: int) -> Batch:
     """Adds rows of zeros up to `batch`."""
     missing = batch - len(next(iter(rows.values())))

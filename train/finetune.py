@@ -25,6 +25,7 @@ from oasis_jax.state import OasisTrainState
 from train import loop, report
 from train.config import Finetune, UserError
 from train.plan import compile_step, versions
+from train.pretrain import held_out_loss, token_loss
 from train.sft import SftData, exact_match, load_sft
 from train.tasks import TASKS, TaskData, load_task, metrics
 
@@ -249,7 +250,7 @@ def _instruction(config: Finetune, shape: LlamaConfig) -> tuple:
     batch = {"tokens": row, "segments": row, "weights": weights}
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        return _token_loss(model, variables, batch) / batch["weights"].size
+        return token_loss(model, variables, batch) / batch["weights"].size
 
     def prepare(batch: Any) -> Any:
         # A mean over the tokens that count in the whole batch, however it is cut.
@@ -260,31 +261,11 @@ def _instruction(config: Finetune, shape: LlamaConfig) -> tuple:
     return model, loss_fn, batch, prepare
 
 
-def _token_loss(model: Llama, variables: Any, batch: Any) -> jax.Array:
-    tokens, segments = batch["tokens"], batch["segments"]
-    inputs = (tokens[:, :-1], segments[:, :-1], tokens[:, 1:], batch["weights"])
-    total: Any = model.apply(variables, *inputs)
-    return total
-
-
-@partial(jax.jit, static_argnums=0)
-def _held_out(model: Llama, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    total = _token_loss(model, {"params": params}, batch)
-    return total, jnp.sum(batch["weights"])
-
-
 def _answers(
     config: Finetune, model: Llama, data: SftData, params: Any
 ) -> dict[str, Any]:
     """The held-out loss per token and, of some prompts, the share answered exactly."""
-    total = count = 0.0
-    for batch in data.dev(config.batch):
-        loss, weights = _held_out(model, params, batch)
-        total, count = total + float(loss), count + float(weights)
-    found: dict[str, Any] = {
-        "val_loss": total / max(count, 1.0),
-        "val_tokens": int(count),
-    }
+    found = held_out_loss(model, params, data.dev(config.batch))
     room = model.config.positions
     asked = [
         (prompt, reference)
@@ -369,10 +350,8 @@ def _tell(planned: dict[str, Any], config: Finetune) -> None:
     if config.json:
         print(json.dumps(planned, indent=2))
         return
-    parts = {name.replace("_", " "): size for name, size in planned["parts"].items()}
-    table = report.memory_table(
-        parts, planned["peak_bytes"], f"What a step needs on {config.target}"
-    )
+    title = f"What a step needs on {config.target}"
+    table = report.memory_table(planned["parts"], planned["peak_bytes"], title)
     Console(highlight=False, markup=False).print(table)
 
 

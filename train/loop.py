@@ -39,8 +39,8 @@ from oasis_jax.state import OasisTrainState
 from train import report
 from train.config import Training, UserError, parse_rank
 
-VOCABULARY = r"^embed/(word/)?embedding$|^lm_head/"
-"""The parameters that have a row per token of the vocabulary."""
+VOCABULARY = r"(^|/)(embed/(word/)?embedding$|lm_head/)"
+"""The parameters that have a row per token of the vocabulary, and their moments."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def describe(
     if setup.selection.matches:
         console.print(str(setup.selection))
     total = parts["peak"]
-    named = {k.replace("_", " "): v for k, v in parts.items() if k != "peak"}
+    named = {k: v for k, v in parts.items() if k != "peak"}
     console.print(report.memory_table(named, total, "What a step needs"))
 
 
@@ -353,10 +353,8 @@ def _vocabulary(config: Training, state: OasisTrainState) -> str:
     """What the embeddings cost, of which few think."""
 
     def own(tree: Any) -> dict[str, Any]:
-        # In the optimizer's state a parameter's path is the end of a longer one.
-        pattern = VOCABULARY.replace("^", "(^|/)")
         leaves = flatten_paths(tree).items()
-        return {path: leaf for path, leaf in leaves if re.search(pattern, path)}
+        return {path: leaf for path, leaf in leaves if re.search(VOCABULARY, path)}
 
     weights, moments = own(state.params), own(state.opt_state)
     total = tree_bytes(state.opt_state)

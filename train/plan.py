@@ -409,9 +409,8 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Callable, Callable
 def _print_plan(plan: Planned) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     config = plan.config
-    parts = {name.replace("_", " "): size for name, size in plan.parts.items()}
     console.print(as_flags(config))
-    console.print(report.memory_table(parts, plan.peak_bytes, "What a step needs"))
+    console.print(report.memory_table(plan.parts, plan.peak_bytes, "What a step needs"))
     memory_of = targets.find(config.target).memory
     verdict = "fits" if plan.fits_device else "does not fit"
     console.print(

@@ -1,6 +1,7 @@
 """Pretraining: a LLaMA on text."""
 
 import sys
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,7 @@ def set_up(
     )
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        total: Any = model.apply(variables, *_inputs(batch, config.cross_documents))
+        total = token_loss(model, variables, batch, config.cross_documents)
         return total / batch["tokens"][:, 1:].size
 
     row = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32)
@@ -104,28 +105,42 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
 def _evaluate(
     setup: loop.Setup, data: TextData, config: Pretrain, state: OasisTrainState
 ) -> dict[str, Any]:
-    """Token-weighted mean loss on the held-out split."""
-    total = count = 0.0
     params = jax.jit(lambda state: state.merged_params())(state)
-    for batch in data.validation(config.batch, config.seq, config.eval_batches):
-        losses, weights = _held_out(setup.model, config.cross_documents, params, batch)
+    batches = data.validation(config.batch, config.seq, config.eval_batches)
+    return held_out_loss(setup.model, params, batches, config.cross_documents)
+
+
+def held_out_loss(
+    model: llama.Llama,
+    params: Any,
+    batches: Iterable[Any],
+    cross_documents: bool = False,
+) -> dict[str, Any]:
+    """Mean loss over the tokens that have a weight, and how many they are."""
+    total = count = 0.0
+    for batch in batches:
+        losses, weights = _held_out(model, cross_documents, params, batch)
         total += float(losses)
         count += float(weights)
-    return {"val_loss": total / count, "val_tokens": int(count)}
+    return {"val_loss": total / max(count, 1.0), "val_tokens": int(count)}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _held_out(model: llama.Llama, cross_documents: bool, params: Any, batch: Any):
-    weights, inputs = batch["weights"], _inputs(batch, cross_documents)
-    total: Any = model.apply({"params": params}, *inputs, weights)
-    return total, jnp.sum(weights)
+    total = token_loss(model, {"params": params}, batch, cross_documents)
+    return total, jnp.sum(batch["weights"])
 
 
-def _inputs(batch: Any, cross_documents: bool) -> tuple[Any, Any, Any]:
-    """What the model takes of a batch: tokens, segments and targets."""
+def token_loss(
+    model: llama.Llama, variables: Any, batch: Any, cross_documents: bool = False
+) -> jax.Array:
+    """Sum of the next tokens' cross-entropies, times their weights if there are any."""
     tokens = batch["tokens"]
     segments = None if cross_documents else batch["segments"][:, :-1]
-    return tokens[:, :-1], segments, tokens[:, 1:]
+    total: Any = model.apply(
+        variables, tokens[:, :-1], segments, tokens[:, 1:], batch.get("weights")
+    )
+    return total
 
 
 def main(config: Pretrain) -> int:

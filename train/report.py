@@ -550,7 +550,7 @@ def memory_table(parts: Mapping[str, int], total: int, title: str) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, count in parts.items():
-        table.add_row(name, human_bytes(count))
+        table.add_row(name.replace("_", " "), human_bytes(count))
     table.add_section()
     table.add_row("total", human_bytes(total), style="bold")
     return table

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 
 from train.chat import Chat, Messages, read_chat
-from train.data import Batch, fill, shuffled
+from train.data import Batch, fill, shuffled, split_off
 from train.packing import Example, PackedRows, pack_examples
 from train.text import (
     DataError,
@@ -138,10 +138,8 @@ def load_sft(
     draw = np.random.default_rng(seed)
     held = ""
     if not eval_data:
-        order = draw.permutation(len(turns[0])).tolist()
-        size = min(_HELD_OUT, max(1, int(share * len(order))))
-        parts = sorted(order[size:]), sorted(order[:size])
-        turns = [[turns[0][index] for index in part] for part in parts]
+        size = min(_HELD_OUT, max(1, int(share * len(turns[0]))))
+        turns = [*split_off(turns[0], size, draw)]
         held = f" (by seed {seed})"
     rows, cut, dropped = {}, 0, 0
     with progress_bar(progress) as bar:

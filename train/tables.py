@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data import open_prepared, random_access
+from train.data import open_prepared, random_access, split_off
 from train.text import DataError, json_objects, read_text
 
 # A cell of a CSV and what ends it.
@@ -104,12 +104,9 @@ def hold_out(examples: list[Example], data: str, seed: int) -> dict[str, list[Ex
     """
     if len(examples) < 2:
         raise DataError(f"data {data!r} is too small to hold out a part of it")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    held = set(order[: max(1, len(examples) // 10)].tolist())
-    return {
-        "train": [val for i, val in enumerate(examples) if i not in held],
-        "validation": [val for i, val in enumerate(examples) if i in held],
-    }
+    draw = np.random.default_rng(seed)
+    train, validation = split_off(examples, max(1, len(examples) // 10), draw)
+    return {"train": train, "validation": validation}
 
 
 def found_labels(examples: list[Example], data: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from jax import Array
 
 from oasis_jax.attention import attention
 from oasis_jax.linen import OasisDense, input_projection, shared_dense
-from oasis_jax.models.blocks import blocks, check_kept
+from oasis_jax.models.blocks import blocks, check_kept, check_length
 from oasis_jax.nonlinear import compressed, compressed_layer_norm
 from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
 
@@ -200,11 +200,7 @@ class Bert(nn.Module):
         types: Array | None = None,
     ) -> Array:
         c = self.config
-        if tokens.shape[-1] > c.positions:
-            raise ValueError(
-                f"a sequence has {tokens.shape[-1]} tokens, and the model only"
-                f" {c.positions} positions"
-            )
+        check_length(tokens, c.positions)
         types = jnp.zeros_like(tokens) if types is None else types
         x_BTD = blocks(
             self, Block, Embeddings(c, name="embed")(tokens, types), segments

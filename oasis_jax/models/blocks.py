@@ -59,6 +59,19 @@ def check_kept(remat: str, residuals: str) -> None:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
 
 
+def check_length(tokens: Array, positions: int | None) -> None:
+    """Whether a model of so many positions takes such rows; None is no bound.
+
+    Raises:
+      ValueError: if not; the message names both numbers.
+    """
+    if positions is not None and tokens.shape[-1] > positions:
+        raise ValueError(
+            f"a sequence has {tokens.shape[-1]} tokens, and the model only"
+            f" {positions} positions"
+        )
+
+
 def blocks(
     module: nn.Module, block: Callable[..., nn.Module], x: Array, segments: Array | None
 ) -> Array:

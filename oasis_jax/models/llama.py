@@ -19,7 +19,7 @@ from jax import Array
 from oasis_jax.attention import attention
 from oasis_jax.linen import DenseWeights, OasisDense, input_projection, shared_dense
 from oasis_jax.losses import chunked_cross_entropy
-from oasis_jax.models.blocks import advance_blocks, blocks, check_kept
+from oasis_jax.models.blocks import advance_blocks, blocks, check_kept, check_length
 from oasis_jax.models.cache import Cache, Past, cached_attention
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
 from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
@@ -366,11 +366,7 @@ class Llama(nn.Module):
         read: Array | None = None,
     ) -> Array | tuple[Array, Cache]:
         c = self.config
-        if c.positions is not None and tokens.shape[-1] > c.positions:
-            raise ValueError(
-                f"a sequence has {tokens.shape[-1]} tokens, and the model only"
-                f" {c.positions} positions"
-            )
+        check_length(tokens, c.positions)
         embed = nn.Embed(
             c.vocab_size,
             c.width,

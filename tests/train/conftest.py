@@ -5,6 +5,8 @@ import os
 import jax
 import pytest
 
+from train import loop
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
@@ -17,3 +19,23 @@ def compilation_cache(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Runs something whose machine goes away after a step, before that is written."""
+
+    def call(step: int, run) -> None:
+        real = loop._record
+
+        def record(done, *rest):
+            if done == step:
+                raise RuntimeError("the machine went away")
+            return real(done, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_record", record)
+            with pytest.raises(RuntimeError, match="went away"):
+                run()
+
+    return call

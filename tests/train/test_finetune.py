@@ -153,21 +153,11 @@ def test_classification_learns_and_keeps_the_best(classify):
         pytest.param("classify", {}, marks=pytest.mark.slow),
     ],
 )
-def test_resume_is_bit_equal(which, changes, request, monkeypatch):
+def test_resume_is_bit_equal(which, changes, request, killed_at):
     config = dataclasses.replace(request.getfixturevalue(which), **changes)
     finetune.run(config)
     broken = dataclasses.replace(config, out=config.out.with_name("broken"))
-    real = loop._record
-
-    def killed(done, *rest):
-        if done == 5:
-            raise RuntimeError("the machine went away")
-        return real(done, *rest)
-
-    monkeypatch.setattr(loop, "_record", killed)
-    with pytest.raises(RuntimeError, match="went away"):
-        finetune.run(broken)
-    monkeypatch.undo()
+    killed_at(5, lambda: finetune.run(broken))
     finetune.run(dataclasses.replace(broken, resume=True))
 
     for folder in ("checkpoints", "best"):

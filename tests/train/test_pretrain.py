@@ -128,23 +128,13 @@ def test_oasis_needs_less_than_adamw(small, remat, parts):
     ],
     ids=["accumulate", "oasis", "random", "adamw"],
 )
-def test_resume_is_bit_equal(small, changes, monkeypatch):
+def test_resume_is_bit_equal(small, changes, killed_at):
     config = dataclasses.replace(small, **changes)
     pretrain.run(config)
     whole = checkpointed(config.out, config)
 
     broken = dataclasses.replace(config, out=config.out.with_name("broken"))
-    real = loop._record
-
-    def killed(done, *rest):
-        if done == 5:
-            raise RuntimeError("the machine went away")
-        return real(done, *rest)
-
-    monkeypatch.setattr(loop, "_record", killed)
-    with pytest.raises(RuntimeError, match="went away"):
-        pretrain.run(broken)
-    monkeypatch.undo()
+    killed_at(5, lambda: pretrain.run(broken))
     pretrain.run(dataclasses.replace(broken, resume=True))
     resumed = checkpointed(broken.out, config)
 
@@ -158,16 +148,9 @@ def test_resume_is_bit_equal(small, changes, monkeypatch):
     ]
 
 
-def test_resume_before_the_first_checkpoint_starts_again(small, monkeypatch):
+def test_resume_before_the_first_checkpoint_starts_again(small, killed_at):
     config = dataclasses.replace(small, checkpoint_every=100)
-
-    def killed(*_):
-        raise RuntimeError("the machine went away")
-
-    monkeypatch.setattr(loop, "_record", killed)
-    with pytest.raises(RuntimeError, match="went away"):
-        pretrain.run(config)
-    monkeypatch.undo()
+    killed_at(1, lambda: pretrain.run(config))
     summary = pretrain.run(dataclasses.replace(config, resume=True))
     assert summary["curve"][-1][0] == 8 and len(lines(config.out)) == 8 + 2
 
