@@ -32,7 +32,7 @@ from train.pretrain import set_up
 
 GIB = targets.GIB
 PARTS = ("weights", "optimizer_state", "bases", "gradients", "saved_activations")
-RANKS = ("256", "512", "0.125", "0.25")
+RANKS = ("128", "256", "512", "0.125", "0.25")
 """What a search tries, where a model is wide enough."""
 
 
