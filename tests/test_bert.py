@@ -96,6 +96,32 @@ def test_no_basis_follows_padding():
             )
 
 
+@pytest.mark.parametrize("offset", [0, 2])
+def test_packed_texts_are_texts_alone(offset):
+    """Logits and gradients of two texts in a row are those of a row each."""
+    config = dataclasses.replace(SMALL, position_offset=offset)
+    state = started("adamw", config)
+    params = jax.tree.map(lambda a: 5 * a, state.params)  # attention that is felt
+    first, second = TOKENS[0, :4], TOKENS[1, :6]
+
+    def loss(packed):
+        def logits(params):
+            apply = lambda *inputs: Bert(config).apply({"params": params}, *inputs)  # noqa: E731
+            if not packed:
+                return jnp.concatenate([apply(first[None]), apply(second[None])])
+            row = jnp.concatenate([first, second, jnp.zeros(2, jnp.int32)])
+            segments = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([4, 6, 2]))
+            return apply(row[None], segments[None], None, jnp.array([[0, 4]]))[0]
+
+        return lambda params: (jnp.sum(jnp.sin(logits(params))), logits(params))
+
+    (_, one), wanted = jax.value_and_grad(loss(False), has_aux=True)(params)
+    (_, other), got = jax.value_and_grad(loss(True), has_aux=True)(params)
+    assert jnp.abs(one[0] - one[1]).max() > 1e-2
+    np.testing.assert_allclose(other, one, atol=1e-4)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_types_and_positions_tell_tokens_apart():
     params = jax.tree.map(lambda a: 20 * a, started().params)  # far from uniform
     apply = jax.jit(lambda *inputs: Bert(SMALL).apply({"params": params}, *inputs))

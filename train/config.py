@@ -265,6 +265,9 @@ class Finetune(Training):
     """Of classification: the column of the label."""
     regression: bool = False
     """Of classification: the label is a number to predict."""
+    pack: bool = False
+    """Of classification and GLUE: put several examples into a row of --seq tokens, each
+    on its own, in place of padding; --batch counts rows. Sft always does."""
     epochs: float = 3.0
     """Passes over the training examples, unless --steps are given."""
     steps: int = 0

@@ -27,7 +27,7 @@ from train.config import Finetune, UserError
 from train.plan import compile_step, versions
 from train.pretrain import held_out_loss, token_loss
 from train.sft import SftData, exact_match, load_sft
-from train.tasks import TASKS, TaskData, load_task, metrics
+from train.tasks import TASKS, TaskData, load_task, metrics, slots
 
 BEST = "best"
 """Folder of the checkpoint with the best evaluation, beside `checkpoints`."""
@@ -41,7 +41,7 @@ class Work:
 
     Attributes:
       data: Its examples.
-      size: Number of them to train on, or of rows that they are packed into.
+      size: Number of rows to train on.
       outputs: Of the classifier; 0 for a decoder.
       labels: Their names.
     """
@@ -138,9 +138,10 @@ def _work(config: Finetune, folder: Path, shape: Any, console: Console) -> Work:
         label=config.label,
         regression=config.regression,
         data_dir=config.data_dir,
+        packed=config.pack,
         **limits,
     )
-    return Work(data, data.train_size, len(data.labels) or 1, data.labels)
+    return Work(data, data.train_rows, len(data.labels) or 1, data.labels)
 
 
 def set_up(
@@ -157,7 +158,7 @@ def set_up(
       UserError: if the method, the rank or the pattern make no sense.
     """
     make = _instruction if isinstance(shape, LlamaConfig) else _classification
-    model, loss_fn, batch, prepare = make(config, shape)
+    model, loss_fn, batch = make(config, shape)
     rise = round(config.warmup * config.steps)
     schedule = optax.join_schedules(
         [
@@ -176,7 +177,14 @@ def set_up(
         params=params,
         abstract=abstract,
     )
-    return replace(setup, prepare=prepare)
+    return replace(setup, prepare=_weighted)
+
+
+def _weighted(batch: Any) -> Any:
+    """Weights that make a mean one over what counts in the whole batch, even if cut."""
+    weights = batch["weights"]
+    total = jnp.maximum(jnp.sum(weights), 1.0)
+    return {**batch, "weights": weights * (weights.size / total)}
 
 
 # --- Classification and regression ----------------------------------------------------
@@ -185,30 +193,33 @@ def set_up(
 def _classification(config: Finetune, shape: BertConfig) -> tuple:
     model = Bert(shape)
     row = jax.ShapeDtypeStruct((config.batch, config.seq), jnp.int32)
-    one = partial(jax.ShapeDtypeStruct, (config.batch,))
+    each = (config.batch, slots(config.seq, config.pack))
     batch = {
         **dict.fromkeys(("tokens", "segments", "types"), row),
-        "labels": one(jnp.float32 if shape.labels == 1 else jnp.int32),
-        "weights": one(jnp.float32),
+        "firsts": jax.ShapeDtypeStruct(each, jnp.int32),
+        "labels": jax.ShapeDtypeStruct(
+            each, jnp.float32 if shape.labels == 1 else jnp.int32
+        ),
+        "weights": jax.ShapeDtypeStruct(each, jnp.float32),
     }
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        return jnp.mean(_losses(_outputs(model, variables, batch), batch["labels"]))
+        losses = _losses(_outputs(model, variables, batch), batch["labels"])
+        return jnp.mean(losses * batch["weights"])
 
-    return model, loss_fn, batch, lambda batch: batch
+    return model, loss_fn, batch
 
 
 def _outputs(model: Bert, variables: Any, batch: Any) -> jax.Array:
-    outputs: Any = model.apply(
-        variables, batch["tokens"], batch["segments"], batch["types"]
-    )
+    inputs = (batch[name] for name in ("tokens", "segments", "types", "firsts"))
+    outputs: Any = model.apply(variables, *inputs)
     return outputs
 
 
 def _losses(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of each row, or of a regression its squared error, (B,)."""
+    """Cross-entropy of each example, or of a regression its squared error, (B, K)."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        return (outputs[:, 0] - labels) ** 2
+        return (outputs[..., 0] - labels) ** 2
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
@@ -216,7 +227,7 @@ def _losses(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 def _judge(model: Bert, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     outputs = _outputs(model, {"params": params}, batch)
     regression = jnp.issubdtype(batch["labels"].dtype, jnp.floating)
-    predictions = outputs[:, 0] if regression else jnp.argmax(outputs, axis=-1)
+    predictions = outputs[..., 0] if regression else jnp.argmax(outputs, axis=-1)
     return predictions, _losses(outputs, batch["labels"])
 
 
@@ -252,13 +263,7 @@ def _instruction(config: Finetune, shape: LlamaConfig) -> tuple:
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
         return token_loss(model, variables, batch) / batch["weights"].size
 
-    def prepare(batch: Any) -> Any:
-        # A mean over the tokens that count in the whole batch, however it is cut.
-        weights = batch["weights"]
-        total = jnp.maximum(jnp.sum(weights), 1.0)
-        return {**batch, "weights": weights * (weights.size / total)}
-
-    return model, loss_fn, batch, prepare
+    return model, loss_fn, batch
 
 
 def _answers(

@@ -10,12 +10,15 @@ import numpy as np
 from train.data import Batch
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int], capacity: int, most: int | None = None
+) -> list[list[int]]:
     """Puts items, in their order, each into the first row that has room for it.
 
     Args:
       lengths: Of the items; at most `capacity`.
       capacity: What a row holds.
+      most: Items that a row takes; None if as many as fit.
 
     Returns:
       The items of each row, by index.
@@ -39,9 +42,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             row = heapq.heappop(heaps[room])
             first[room] = heaps[room][0] if heaps[room] else none
         rows[row].append(item)
-        left = room - length
-        heapq.heappush(heaps[left], row)
-        first[left] = heaps[left][0]
+        if len(rows[row]) != most:
+            left = room - length
+            heapq.heappush(heaps[left], row)
+            first[left] = heaps[left][0]
     return rows
 
 

@@ -19,6 +19,7 @@ import sklearn.metrics
 import tokenizers
 
 from train.data import Batch, fill, shuffled
+from train.packing import pack
 from train.tables import (
     Columns,
     Example,
@@ -135,13 +136,16 @@ def metrics(
 class TaskData:
     """Tokenised examples with a training and a held-out split; made by `load_task`.
 
-    A batch has `tokens`, `segments` (1 is text, 0 padding) and `types` (the tokenizer's
-    token types), all int32 (batch, seq), `labels`, (batch,) int32 or for a regression
-    float32, and `weights`, float32 (batch,): 0 for rows that only fill up a batch.
+    A batch has `tokens`, `segments` (the row's examples from 1 on; 0 is padding) and
+    `types` (the tokenizer's token types), all int32 (batch, seq). Of each example it has
+    in `firsts`, int32, where it begins, in `labels`, int32 or for a regression float32,
+    its label, and in `weights`, float32, 1, all (batch, slots(seq, packed)); where a row
+    has fewer examples, or only fills up a batch, the weight is 0.
 
     Attributes:
       labels: Names by number; empty for a regression.
       train_size, dev_size: Numbers of examples.
+      train_rows: Number of rows that the examples for training are in.
       fingerprint: Hash of the rows. A checkpoint stores it to notice that the data
         changed under its iterator.
       description: One line for a human: where from, and how much.
@@ -150,6 +154,7 @@ class TaskData:
     labels: tuple[str, ...]
     train_size: int
     dev_size: int
+    train_rows: int
     fingerprint: str
     description: str
     rows: dict[str, "_Rows"] = dataclasses.field(repr=False)
@@ -163,21 +168,26 @@ class TaskData:
         return shuffled(self.rows["train"], batch, seed)
 
     def dev(self, batch: int) -> Iterator[Batch]:
-        """Returns the held-out split once, short examples first.
+        """Returns the held-out split once, rows with little text first.
 
-        Where a whole batch is short, its rows are cut to a half or a quarter of seq:
+        Where a whole batch has little, its rows are cut to a half or a quarter of seq:
         at most three shapes for much less work.
         """
         rows = self.rows["validation"]
-        order = np.argsort([len(tokens) for tokens in rows.tokens], kind="stable")
+        used = [rows.used(index) for index in range(len(rows))]
+        order = np.argsort(used, kind="stable")
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            longest = len(rows.tokens[chosen[-1]])
             widths = (rows.seq // 4, rows.seq // 2, rows.seq)
-            width = next(width for width in widths if width >= longest)
+            width = next(width for width in widths if width >= used[chosen[-1]])
             parts = [rows.row(index, width) for index in chosen]
             joined = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
             yield fill(joined, batch)
+
+
+def slots(seq: int, packed: bool) -> int:
+    """The most examples of a row: of packed ones, few tasks have some under 8 tokens."""
+    return max(1, seq // 8) if packed else 1
 
 
 def load_task(
@@ -195,6 +205,7 @@ def load_task(
     label: str = "label",
     regression: bool = False,
     data_dir: str | None = None,
+    packed: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> TaskData:
@@ -214,7 +225,9 @@ def load_task(
       text, text_pair, label: Columns of "classification"; one text if no pair.
       regression: The label of "classification" is a number.
       data_dir: Where TFDS datasets lie; None is TFDS's own default.
-      seed: Of the tenth that is held out if nothing else is.
+      packed: Puts several examples into a row, where they fit.
+      seed: Of the tenth that is held out if nothing else is, and of the order in which
+        examples are packed.
       progress: Shows a bar while tokenising, if standard error is a terminal.
 
     Raises:
@@ -257,49 +270,84 @@ def load_task(
             tokens, types, cut = _encode(
                 tokenizer, examples, functools.partial(bar.advance, tokenising)
             )
-            rows[split] = _Rows(tokens, types, values, seq, _padding(tokenizer))
+            contents = [[example] for example in range(len(tokens))]
+            if packed:
+                contents = _contents(tokens, seq, seed)
+            rows[split] = _Rows(
+                tokens,
+                types,
+                values,
+                contents,
+                seq,
+                slots(seq, packed),
+                _padding(tokenizer),
+            )
             truncated += cut
+    train, dev = rows["train"], rows["validation"]
+    used = sum(map(len, train.tokens)) / (seq * len(train))
     return TaskData(
         names,
-        len(rows["train"]),
-        len(rows["validation"]),
+        len(train.tokens),
+        len(dev.tokens),
+        len(train),
         _fingerprint(rows, names),
-        f"{name} in {data}: {len(rows['train']):,} training and"
-        f" {len(rows['validation']):,} held-out examples{held},"
-        f" {', '.join(names) or 'a regression'}; {truncated:,} truncated to {seq} tokens",
+        f"{name} in {data}: {len(train.tokens):,} training and {len(dev.tokens):,}"
+        f" held-out examples{held}, {', '.join(names) or 'a regression'};"
+        f" {truncated:,} truncated to {seq} tokens; rows {used:.0%} full",
         rows,
     )
 
 
+def _contents(tokens: list[np.ndarray], seq: int, seed: int) -> list[list[int]]:
+    """The examples of each row, packed in a random order."""
+    order = np.random.default_rng(seed).permutation(len(tokens)).tolist()
+    rows = pack([len(tokens[index]) for index in order], seq, slots(seq, True))
+    return [[order[item] for item in row] for row in rows]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Examples of any length, read as rows of `seq` tokens."""
+    """Examples of any length, read as rows of `seq` tokens with one or several."""
 
     tokens: list[np.ndarray]
     types: list[np.ndarray]
     labels: np.ndarray
+    contents: list[list[int]]  # the examples of each row
     seq: int
+    slots: int
     padding: int
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.contents)
 
     def __getitem__(self, index: int) -> Batch:
         return self.row(index, self.seq)
 
-    def row(self, index: int, width: int) -> Batch:
-        def padded(values: np.ndarray | int, value: int = 0) -> np.ndarray:
-            row = np.full(width, value, np.int32)
-            row[: len(tokens)] = values
-            return row
+    def used(self, index: int) -> int:
+        """Tokens of text in a row."""
+        return sum(len(self.tokens[example]) for example in self.contents[index])
 
-        tokens = self.tokens[index]
+    def row(self, index: int, width: int) -> Batch:
+        tokens = np.full(width, self.padding, np.int32)
+        segments, types = np.zeros((2, width), np.int32)
+        firsts = np.zeros(self.slots, np.int32)
+        labels = np.zeros(self.slots, self.labels.dtype)
+        weights = np.zeros(self.slots, np.float32)
+        start = 0
+        for slot, example in enumerate(self.contents[index]):
+            stop = start + len(self.tokens[example])
+            tokens[start:stop] = self.tokens[example]
+            segments[start:stop] = slot + 1
+            types[start:stop] = self.types[example]
+            firsts[slot], labels[slot], weights[slot] = start, self.labels[example], 1
+            start = stop
         return {
-            "tokens": padded(tokens, self.padding),
-            "segments": padded(1),
-            "types": padded(self.types[index]),
-            "labels": self.labels[index],
-            "weights": np.float32(1),
+            "tokens": tokens,
+            "segments": segments,
+            "types": types,
+            "firsts": firsts,
+            "labels": labels,
+            "weights": weights,
         }
 
 
@@ -372,9 +420,12 @@ def _padding(tokenizer: tokenizers.Tokenizer) -> int:
 
 
 def _fingerprint(rows: dict[str, _Rows], names: tuple[str, ...]) -> str:
-    settings = [(split, part.seq, part.padding) for split, part in rows.items()]
+    settings = [
+        (split, part.seq, part.slots, part.padding) for split, part in rows.items()
+    ]
     content = hashlib.sha256(repr((_PREPARATION, names, settings)).encode())
     for part in rows.values():
+        content.update(repr(part.contents).encode())
         content.update(np.array([len(tokens) for tokens in part.tokens]).tobytes())
         for values in (*part.tokens, *part.types, part.labels):
             content.update(values.tobytes())

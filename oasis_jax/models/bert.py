@@ -149,7 +149,9 @@ class Embeddings(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, tokens_BT: Array, types_BT: Array) -> Array:
+    def __call__(
+        self, tokens_BT: Array, segments_BT: Array | None, types_BT: Array
+    ) -> Array:
         c = self.config
         table = partial(
             nn.Embed,
@@ -160,7 +162,8 @@ class Embeddings(nn.Module):
         )
         word = table(c.vocab_size, name="word")(tokens_BT)
         rows = c.positions + c.position_offset
-        position = table(rows, name="position")(_positions(c, tokens_BT))
+        positions = _positions(c, tokens_BT, segments_BT)
+        position = table(rows, name="position")(positions)
         kind = table(c.types, name="type")(types_BT)
         return LayerNorm(c, name="norm")(word + position + kind)
 
@@ -173,9 +176,12 @@ class Bert(nn.Module):
 
     Args of the call:
       tokens: (B, T) int32.
-      segments: (B, T) int32; tokens attend to those with the same number, so 1 for text
+      segments: (B, T) int32; tokens attend to those with the same number, and positions
+        count from where it begins. So 1 for text, or several numbers for several texts,
         and 0 for padding, which no basis follows. None means that there is no padding.
       types: (B, T) int32, as `BertConfig.types`; None means 0.
+      firsts: (B, K) int32, where texts begin, if a row holds several: the logits are
+        (B, K, labels) then. None is one text from the first token on.
 
     Raises:
       ValueError: if there are more tokens than positions.
@@ -198,18 +204,22 @@ class Bert(nn.Module):
         tokens: Array,
         segments: Array | None = None,
         types: Array | None = None,
+        firsts: Array | None = None,
     ) -> Array:
         c = self.config
         check_length(tokens, c.positions)
         types = jnp.zeros_like(tokens) if types is None else types
-        x_BTD = blocks(
-            self, Block, Embeddings(c, name="embed")(tokens, types), segments
-        )
+        embedded = Embeddings(c, name="embed")(tokens, segments, types)
+        x_BTD = blocks(self, Block, embedded, segments)
+        if firsts is None:
+            first = x_BTD[:, 0]
+        else:
+            first = jnp.take_along_axis(x_BTD, firsts[..., None], axis=1)
         options = _dense_options(c)
-        first_BD = jnp.tanh(nn.Dense(c.width, name="pooler", **options)(x_BTD[:, 0]))
+        pooled = jnp.tanh(nn.Dense(c.width, name="pooler", **options)(first))
         if not c.labels:
             return x_BTD
-        logits = nn.Dense(c.labels, name="classifier", **options)(first_BD)
+        logits = nn.Dense(c.labels, name="classifier", **options)(pooled)
         return logits.astype(jnp.float32)
 
 
@@ -232,8 +242,14 @@ def _layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
     return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
-def _positions(c: BertConfig, tokens_BT: Array) -> Array:
-    if not c.position_offset:
-        return jnp.broadcast_to(jnp.arange(tokens_BT.shape[-1]), tokens_BT.shape)
-    text_BT = (tokens_BT != c.pad).astype(jnp.int32)
-    return jnp.cumsum(text_BT, axis=-1) * text_BT + c.position_offset - 1
+def _positions(c: BertConfig, tokens_BT: Array, segments_BT: Array | None) -> Array:
+    """Counted from 0 in each segment; with an offset, text alone is counted."""
+    counted_BT = jnp.ones_like(tokens_BT)
+    if c.position_offset:
+        counted_BT = (tokens_BT != c.pad).astype(jnp.int32)
+    count_BT = jnp.cumsum(counted_BT, axis=-1)
+    if segments_BT is not None:
+        begins_BT = jnp.diff(segments_BT, prepend=-1) != 0
+        before_BT = jnp.where(begins_BT, count_BT - counted_BT, 0)
+        count_BT -= jax.lax.cummax(before_BT, axis=1)
+    return count_BT * counted_BT + c.position_offset - 1

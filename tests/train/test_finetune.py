@@ -134,8 +134,15 @@ def kept(folder: Path):
     return about, step, state
 
 
-def test_classification_learns_and_keeps_the_best(classify):
-    assert main(flags(classify)) == 0
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pack": True, "seq": 16, "batch": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+)
+def test_classification_learns_and_keeps_the_best(changes, classify):
+    assert main(flags(dataclasses.replace(classify, **changes))) == 0
     summary = json.loads((classify.out / "summary.json").read_text())
     evaluations = [r for r in lines(classify.out) if "score" in r]
     assert [r["step"] for r in evaluations] == [6, 12]
@@ -150,7 +157,7 @@ def test_classification_learns_and_keeps_the_best(classify):
     ("which", "changes"),
     [
         ("instruct", {"method": "lora", "accumulate": 2}),
-        pytest.param("classify", {}, marks=pytest.mark.slow),
+        pytest.param("classify", {"pack": True}, marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_bit_equal(which, changes, request, killed_at):
@@ -203,7 +210,7 @@ def test_adamw_is_the_plain_optax_loop(classify, tmp_path, words, reviews):
             inputs = (batch[name] for name in ("tokens", "segments", "types"))
             logits = model.apply({"params": params}, *inputs)
             losses = optax.softmax_cross_entropy_with_integer_labels
-            return losses(logits, batch["labels"]).mean()
+            return losses(logits, batch["labels"][:, 0]).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, moments = tx.update(grads, moments, params)
@@ -294,14 +301,30 @@ def test_a_pretrained_model_is_exported_too(tmp_path):
     )
 
 
-def test_microbatches_weigh_tokens_alike(instruct, decoder):
-    """A batch cut in two gives the gradient of the whole, though answers differ."""
+@pytest.mark.parametrize("which", ["instruct", "classify"])
+def test_microbatches_weigh_alike(which, request):
+    """A batch cut in two gives the gradient of the whole, though counts differ."""
+    config = request.getfixturevalue(which)
+    config = dataclasses.replace(config, method="adamw", rank=None, warmup=0)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 256, (4, 33)).astype(np.int32)
-    weights = (rng.uniform(size=(4, 32)) < [[0.1], [0.9], [0.5], [0.3]]).astype("f4")
-    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "weights": weights}
-    loaded = hf.load(decoder)
-    config = dataclasses.replace(instruct, method="adamw", rank=None, warmup=0)
+    if which == "instruct":
+        tokens = rng.integers(0, 256, (4, 33)).astype(np.int32)
+        share = [[0.1], [0.9], [0.5], [0.3]]
+        weights = (rng.uniform(size=(4, 32)) < share).astype("f4")
+        batch = {"tokens": tokens, "segments": np.ones_like(tokens), "weights": weights}
+    else:  # rows of two examples, of one and of none
+        config = dataclasses.replace(config, pack=True, batch=4, seq=16)
+        tokens = rng.integers(4, 14, (4, 16)).astype(np.int32)
+        weights = (np.arange(2) < [[2], [2], [1], [0]]).astype("f4")
+        batch = {
+            "tokens": tokens,
+            "segments": np.repeat(np.array([[1, 2]] * 4, np.int32), 8, axis=1),
+            "types": np.zeros_like(tokens),
+            "firsts": np.array([[0, 8]] * 4, np.int32),
+            "labels": rng.integers(0, 2, (4, 2)).astype(np.int32),
+            "weights": weights,
+        }
+    loaded = hf.load(config.model, **{"labels": 2} if which == "classify" else {})
     states = []
     for accumulate in (1, 2):
         own = dataclasses.replace(config, accumulate=accumulate)

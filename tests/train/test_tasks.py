@@ -111,13 +111,14 @@ def test_glue_layouts(name, end, tmp_path, load, tokenizer_file):
     assert (data.train_size, data.dev_size) == (1, 2)
     assert data.labels == TASKS[name].labels
     batch = next(data.train(2, 0))
-    want = expected(tokenizer_file, texts, 16) | {"labels": label, "weights": 1}
+    each = {"firsts": [0], "labels": [label], "weights": [1]}
+    want = expected(tokenizer_file, texts, 16) | each
     for key, value in want.items():
         np.testing.assert_array_equal(batch[key], np.stack([value] * 2), key)
     kind = np.float32 if name == "stsb" else np.int32
     assert batch["labels"].dtype == kind
     assert batch["weights"].dtype == np.float32
-    assert {batch[key].dtype for key in ("tokens", "segments", "types")} == {
+    assert {batch[key].dtype for key in ("tokens", "segments", "types", "firsts")} == {
         np.dtype(np.int32)
     }
 
@@ -148,7 +149,7 @@ def test_the_longer_text_is_cut_first(tmp_path, load, tokenizer_file):
         seq=9,
     )
     assert "2 truncated to 9 tokens" in data.description  # in either split
-    rows = {batch["labels"][0]: batch for batch in data.dev(1)}
+    rows = {batch["labels"].item(): batch for batch in data.dev(1)}
     want = expected(tokenizer_file, ["a cat sat on", "it ran"], 9)
     for key, value in want.items():
         np.testing.assert_array_equal(rows[0][key][0], value)
@@ -171,7 +172,7 @@ def test_formats(ending, lines, tmp_path, load):
     data = load("classification", path, eval_data=str(path))
     want = {"csv": ("a", "b"), "tsv": ('a"', "b"), "jsonl": ("9", "10")}[ending]
     assert data.labels == want
-    got = [label for batch in data.dev(1) for label in batch["labels"]]
+    got = [batch["labels"].item() for batch in data.dev(1)]
     assert sorted(got) == ([0, 1] if ending == "jsonl" else [0, 1, 1])
 
 
@@ -193,14 +194,17 @@ def wide(batches, seq):
     """Batches as wide as those for training."""
     for batch in batches:
         rest = ((0, 0), (0, seq - batch["tokens"].shape[1]))
-        yield {key: np.pad(v, rest) if v.ndim == 2 else v for key, v in batch.items()}
+        rows = {
+            key: np.pad(batch[key], rest) for key in ("tokens", "segments", "types")
+        }
+        yield batch | rows
 
 
 def test_regression_of_any_file(labelled, tmp_path, load):
     path = jsonl(tmp_path / "r.jsonl", [{"text": "a", "label": v} for v in (1, -2.5)])
     data = load("classification", path, regression=True, eval_data=path, labels=1)
     assert data.labels == ()
-    assert next(data.dev(2))["labels"].tolist() == [1, -2.5]
+    assert next(data.dev(2))["labels"].tolist() == [[1], [-2.5]]
 
 
 class TinyGlue(tfds.core.GeneratorBasedBuilder):
@@ -236,7 +240,7 @@ def test_tfds(tmp_path, load):
     options = {"data_dir": str(tmp_path)}
     data = load("rte", "tfds:tiny_glue/rte", **options)
     assert (data.train_size, data.dev_size) == (3, 2)
-    rows = {b["segments"].sum(): b["labels"][0] for b in data.dev(1)}
+    rows = {b["segments"].sum(): b["labels"].item() for b in data.dev(1)}
     assert rows == {5: 0, 6: 1}
     options |= {"text": "sentence1", "text_pair": "sentence2"}
     own = load("classification", "tfds:tiny_glue/rte", **options)
@@ -276,7 +280,7 @@ def test_dev_has_every_example_once(batch, labelled, load):
     assert batches[0]["tokens"].shape[1] == (22 if batch == 40 else 5)
     joined = [*wide(batches, 22)]
     joined = {key: np.concatenate([b[key] for b in joined]) for key in joined[0]}
-    real = joined["weights"] == 1
+    real = joined["weights"][:, 0] == 1
     assert real.sum() == 40
     assert not any(joined[key][~real].any() for key in joined)
     whole = next(
@@ -285,11 +289,47 @@ def test_dev_has_every_example_once(batch, labelled, load):
 
     def rows(table):
         return sorted(
-            (row.tobytes(), label)
+            (row.tobytes(), label.item())
             for row, label in zip(table["tokens"], table["labels"], strict=True)
         )
 
     assert rows({key: joined[key][real] for key in joined}) == rows(whole)
+
+
+@pytest.mark.parametrize("seq", [16, 40, 64])
+def test_packed_rows_hold_every_example_once(seq, labelled, load):
+    def examples(batches):
+        """Tokens, types and label of each example, wherever it is."""
+        found = []
+        for batch in batches:
+            for row in range(len(batch["tokens"])):
+                here = {key: value[row] for key, value in batch.items()}
+                real = here["weights"] == 1
+                for number, first in enumerate(here["firsts"][real], start=1):
+                    (own,) = np.nonzero(here["segments"] == number)
+                    assert own[0] == first and own[-1] - first == len(own) - 1
+                    parts = (here["tokens"][own], here["types"][own])
+                    label = here["labels"][number - 1].item()
+                    found.append((*(part.tobytes() for part in parts), label))
+                assert set(here["segments"]) <= {*range(real.sum() + 1)}
+                assert not here["labels"][~real].any()
+        return sorted(found)
+
+    options = dict(eval_data=labelled, seq=seq)
+    single = load("classification", labelled, **options)
+    data = load("classification", labelled, packed=True, **options)
+    want = examples([next(single.train(40, 0))])
+    assert len(want) == data.train_size == data.dev_size == 40
+    assert data.train_rows < 40 / (seq // 16) and single.train_rows == 40
+    assert examples([next(data.train(data.train_rows, 0))]) == want
+    assert examples(data.dev(3)) == want
+    (batch,) = data.dev(40)
+    assert batch["firsts"].shape == (40, seq // 8)
+    prints = {
+        load("classification", labelled, packed=True, seed=seed, **options).fingerprint
+        for seed in (0, 1)
+    }
+    assert len(prints | {single.fingerprint}) == 3
 
 
 def test_epochs_and_seeds(labelled, load):
