@@ -119,14 +119,18 @@ def glue() -> str:
     rows = table(result)
     tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
     whole = [row for row in rows if len(row["tasks"]) == len(tasks)]
-    steps = ", ".join(f"{config['steps'][task]} ({task})" for task in tasks)
+    sizes = [config["sizes"][task] for task in tasks]
+    steps = ", ".join(
+        f"{size['steps']} of {size['batch']} x {size['seq']} ({task})"
+        for task, size in zip(tasks, sizes, strict=True)
+    )
     lines = [
-        f"{config['model']} (22 M parameters) after {steps} steps of"
-        f" {config['batch']} examples, rank {config['rank']}: the best of three"
-        " evaluations on the dev set, in points (Matthews, mean of F1 and accuracy,"
-        " accuracy, accuracy), mean ± deviation over seeds at the best of three learning"
-        f" rates; bytes are of {tasks[0]}'s compiled step, and so is the time, the least"
-        f" of the trials' medians ({_machine(result['machine'])}):",
+        f"{config['model']} (22 M parameters), steps of packed tokens: {steps};"
+        f" rank {config['rank']}. The dev set after the last step, in points"
+        " (CoLA Matthews, MRPC mean of F1 and accuracy, RTE and SST-2 accuracy), mean"
+        " ± deviation over three seeds at the best of three learning rates; bytes are of"
+        f" {tasks[0]}'s compiled step, and so is the time, the least of the trials'"
+        f" medians ({_machine(result['machine'])}):",
         "",
         f"| method | average | {' | '.join(tasks)} | step (ms) | optimizer | activations"
         " | peak |",
@@ -134,13 +138,13 @@ def glue() -> str:
     ]
     for row in whole:
         first = row["tasks"][tasks[0]]
-        sizes = ("optimizer_state_bytes", "saved_activation_bytes", "peak_bytes")
+        parts = ("optimizer_state_bytes", "saved_activation_bytes", "peak_bytes")
         cells = [
             row["method"],
             f"{row['average']:.1f} ± {row['deviation']:.1f}",
             *(f"{t['mean']:.1f} ± {t['deviation']:.1f}" for t in row["tasks"].values()),
             f"{first['step_ms']:,.0f}",
-            *(human_bytes(first["bytes"][size]) for size in sizes),
+            *(human_bytes(first["bytes"][part]) for part in parts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     rates = [
