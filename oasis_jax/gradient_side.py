@@ -34,7 +34,7 @@ from oasis_jax.gradient_rules import (
     Svd,
     check_interval,
 )
-from oasis_jax.leaves import unstacked
+from oasis_jax.leaves import is_matrix, unstacked
 from oasis_jax.lift import lift
 from oasis_jax.optimizer import adam_in_coordinates
 from oasis_jax.paths import flatten_paths, map_with_paths
@@ -88,8 +88,9 @@ def project_gradients(
       side: 'smaller', 'in' or 'out'.
       tie: The side of square kernels where `side` is 'smaller', 'in' or 'out'.
       pattern: Regular expression, searched for in the paths of leaves (as in
-        'block/mlp/up/kernel'). Matches with two axes or more are projected; axes before
-        the last two are batch axes, so leave out 3-D kernels that are one matrix.
+        'block/mlp/up/kernel'). Matches with two axes or more are projected, but not
+        stacked biases and scales; axes before the last two are batch axes, so leave out
+        3-D kernels that are one matrix.
 
     Returns:
       An Optax transformation. Updates have the parameters' dtype; the state is float32.
@@ -115,7 +116,7 @@ def project_gradients(
         return {
             path: _place(path, leaf.shape, rank, side, tie)
             for path, leaf in flatten_paths(tree).items()
-            if leaf.ndim >= 2 and re.search(pattern, path)
+            if is_matrix(path, leaf.shape) and re.search(pattern, path)
         }
 
     def oriented(tree, places) -> ByPath:
@@ -474,12 +475,13 @@ def _check_state(basis: ByPath, places: dict[str, _Place]) -> None:
 
 
 def _nothing(pattern: str, params: Any) -> str:
-    paths = [path for path, leaf in flatten_paths(params).items() if leaf.ndim >= 2]
+    leaves = flatten_paths(params).items()
+    paths = [path for path, leaf in leaves if is_matrix(path, leaf.shape)]
     if not paths:
-        return f"pattern {pattern!r}: no leaf has two axes, so none can be projected"
+        return f"pattern {pattern!r}: no leaf is a matrix, so none can be projected"
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     return (
-        f"pattern {pattern!r} matches no leaf with two axes or more; the nearest are"
+        f"pattern {pattern!r} matches no leaf that is a matrix; the nearest are"
         f" {', '.join(near)}"
     )
 

@@ -47,6 +47,23 @@ def per_leaf(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def is_matrix(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf is a matrix, or a stack of them.
+
+    Two axes do not tell: the biases of scanned layers are stacked too, so Flax's names of
+    vectors are known here.
+
+    Args:
+      path: As `paths.flatten_paths` writes it.
+      shape: Of the leaf.
+
+    Example:
+      >>> is_matrix('head/kernel', (3, 8)), is_matrix('blocks/up_proj/bias', (3, 8))
+      (True, False)
+    """
+    return len(shape) >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
+
+
 def unstacked(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:

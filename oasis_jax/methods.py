@@ -18,7 +18,7 @@ import optax
 from optax import contrib
 
 from oasis_jax.gradient_side import galore, ldadam, osd
-from oasis_jax.leaves import per_leaf, scale_matching, unstacked
+from oasis_jax.leaves import is_matrix, per_leaf, scale_matching, unstacked
 from oasis_jax.lora import Lora
 from oasis_jax.optimizer import (
     adam_in_coordinates,
@@ -251,7 +251,7 @@ def _muon(s: SimpleNamespace) -> Recipe:
         """Trailing axes are the matrix; what the pattern leaves out goes to Adam."""
 
         def leaf(path: str, param: Any) -> Any:
-            if not re.search(s.pattern, path) or param.ndim < 2:
+            if not (is_matrix(path, param.shape) and re.search(s.pattern, path)):
                 return None
             return contrib.MuonDimensionNumbers(param.ndim - 2, param.ndim - 1)
 
@@ -276,7 +276,7 @@ def _optax_galore(s: SimpleNamespace) -> Recipe:
         adam = optax.scale_by_adam(b1, b2)
 
         def own(path: str, shape: tuple[int, ...]) -> optax.GradientTransformation:
-            if len(shape) != 2 or not re.search(s.pattern, path):
+            if not (is_matrix(path, shape) and re.search(s.pattern, path)):
                 return adam
             rank = s.rank if isinstance(s.rank, int) else round(s.rank * min(shape))
             return contrib.scale_by_galore(

@@ -151,6 +151,35 @@ def test_roberta_counts_positions_of_text():
     )
 
 
+@pytest.mark.parametrize("name", ["galore", "osd", "ldadam", "muon", "optax-galore"])
+def test_stacked_biases_are_no_matrices(name):
+    """Biases of scanned layers are trained as those of layers one by one."""
+    recipe = method(name, rank=2)
+    names = ("attn/q_proj", "mlp/up_proj")
+    draw = np.random.default_rng(0).normal
+    stack = {
+        f"{n}/{leaf}": jnp.array(draw(size=shape), jnp.float32)
+        for n in names
+        for leaf, shape in {"kernel": (4, 8, 6), "bias": (4, 6)}.items()
+    }
+    single = {
+        f"{path}/{i}" if path.endswith("kernel") else f"{i}/{path}": leaf[i]
+        for path, leaf in stack.items()
+        for i in range(4)
+    }
+    updates = []
+    for params in (stack, single):
+        tx = recipe.optimizer(1e-2)
+        got, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        updates.append(got)
+    together, alone = updates
+    for path in names:
+        for i in range(4):
+            np.testing.assert_allclose(
+                together[f"{path}/bias"][i], alone[f"{i}/{path}/bias"], rtol=1e-5
+            )
+
+
 @pytest.mark.parametrize("remat", ["none", "mlp"])
 def test_levels_change_no_gradient(remat):
     state = started()

@@ -477,15 +477,15 @@ def test_optax_conventions(make):
         ),
         (
             lambda: ldadam(1e-2, rank=2, pattern="kernels").init(weights()),
-            "pattern 'kernels' matches no leaf with two axes or more; the nearest are",
+            "pattern 'kernels' matches no leaf that is a matrix; the nearest are",
         ),
         (
             lambda: ldadam(1e-2, rank=2, pattern="bias").init(weights()),
-            "pattern 'bias' matches no leaf with two axes or more; the nearest are",
+            "pattern 'bias' matches no leaf that is a matrix; the nearest are",
         ),
         (
             lambda: osd(1e-2, rank=1).init({"bias": np.zeros(3)}),
-            "pattern 'kernel$': no leaf has two axes",
+            "pattern 'kernel$': no leaf is a matrix",
         ),
         (
             lambda: galore(1e-2, rank=2).update(
