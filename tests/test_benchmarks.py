@@ -108,16 +108,17 @@ def test_glue_sweeps_repeats_and_goes_on(glue, tmp_path, capsys):
         methods=("adamw", "galore"),
         tasks=("cola", "rte"),
         lrs=(0.1, 0.2, 0.4),
+        beyond=(0.05, 0.45),
         out=tmp_path / "runs",
         results=tmp_path / "glue.json",
     )
     rows = {row["method"]: row for row in glue.run(config)}
-    assert len(glue.ran) == 2 * 2 * (3 + 2)
-    # GaLore takes learning rates times four, and diverges at all but the smallest.
+    assert len(glue.ran) == 2 * 2 * (3 + 1 + 2)
+    # GaLore takes learning rates times four, and diverges at all but the smallest two.
     best = {name: row["tasks"]["rte"]["lr"] for name, row in rows.items()}
-    assert best == {"adamw": 0.4, "galore": pytest.approx(0.4)}
+    assert best == {"adamw": 0.45, "galore": pytest.approx(0.4)}
     cell = rows["adamw"]["tasks"]["cola"]
-    assert cell["mean"] == pytest.approx(91) and cell["seeds"] == 3
+    assert cell["mean"] == pytest.approx(96) and cell["seeds"] == 3
     assert cell["deviation"] == pytest.approx(1) and cell["bytes"] == {"peak_bytes": 7}
     assert rows["adamw"]["deviation"] == pytest.approx(2**0.5 / 2)
     ranks = {options["method"]: options.get("rank") for options in glue.ran}
