@@ -147,7 +147,8 @@ def _oasis(
 ) -> Callable[[SimpleNamespace], Recipe]:
     def build(s: SimpleNamespace) -> Recipe:
         rule = Rule(s.pattern, s.rank, tracker(s), s.stride)
-        return Recipe((rule,), _with(_in_place, transport=transport))
+        own = dict(transport=transport, scale=s.scale)
+        return Recipe((rule,), _with(_in_place, **own))
 
     return build
 
@@ -163,6 +164,7 @@ def _oasis_row(about: str, tracker: Tracker, **changes: Any) -> Method:
         moments="carried",
         gradient="projected",
         build=_oasis(lambda s: tracker, changes.pop("transport", "carry")),
+        options=dict(scale=1.0) | changes.pop("options", {}),
         state=_adam_state,
         held=_basis,
         ablation=True,

@@ -273,6 +273,23 @@ def test_bfloat16(name):
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith("oasis")])
+def test_scale_of_oasis_is_of_what_is_projected(name):
+    params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+    grads = {"kernel": jnp.arange(8.0).reshape(2, 4), "bias": jnp.ones(4)}
+    updates = []
+    for scale in (1.0, 0.25):
+        tx = method(name, rank=2, scale=scale).optimizer(0.1, weight_decay=0.0)
+        state = tx.init(grads)
+        basis = {"kernel": jnp.eye(6, 2)}
+        updates.append(tx.update(grads, state, params, basis=basis)[0])
+    whole, part = updates
+    np.testing.assert_array_equal(whole["bias"], part["bias"])
+    got, wanted = part["kernel"].coordinates, whole["kernel"].coordinates
+    np.testing.assert_allclose(got, 0.25 * wanted, rtol=1e-6)
+    assert jnp.abs(wanted).max() > 0.05
+
+
 def test_names_and_options_are_checked():
     with pytest.raises(ValueError, match="method is 'nosuch', expected one of adamw"):
         method("nosuch")

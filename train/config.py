@@ -105,7 +105,7 @@ class Training:
     average: str | None = None
     """Of velora: once, batch, or the decay of a running mean."""
     scale: float | None = None
-    """Of galore, osd, compact, velora: multiplies projected updates (gradients)."""
+    """Of oasis, galore, osd, compact: multiplies projected updates; velora: gradients."""
     out_scale: float | None = None
     """Of compact: multiplies o_proj's updates on top of --scale."""
     base: str | None = None

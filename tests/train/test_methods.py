@@ -328,7 +328,7 @@ for _name, _side in (("galore", "in"), ("osd", "in"), ("ldadam", "out")):
     )
     BAD[f"pattern of {_name}"] = (
         f"--method={_name} --pattern=nosuch",
-        "pattern 'nosuch' matches no leaf with two axes or more; the nearest are blocks/",
+        "pattern 'nosuch' matches no leaf that is a matrix; the nearest are blocks/",
     )
 
 
@@ -377,8 +377,8 @@ BAD_COMPARISONS = {
         "--random-interval is an option of prac, and --methods adamw has none of them",
     ),
     "option of several": (
-        "--methods=adamw,oasis --scale=0.5",
-        "--scale is an option of compact, velora, galore, osd, optax-galore, and",
+        "--methods=adamw,lora --scale=0.5",
+        "--scale is an option of oasis, oasis-complement, compact, velora, galore, osd,",
     ),
     "average": ("--methods=adamw,velora --average=x", "--average is 'x', expected a"),
     "kind": ("--methods=adamw,rso --kind=cauchy", "kind is 'cauchy', expected 'haar'"),
@@ -427,7 +427,7 @@ BAD_TRIALS = {
     ),
     "pattern of galore": (
         "--methods=galore --pattern=nosuch",
-        "error: pattern 'nosuch' matches no leaf with two axes or more; the nearest",
+        "error: pattern 'nosuch' matches no leaf that is a matrix; the nearest",
     ),
     "base": ("--methods=galore --base=sgdd", "base is 'sgdd', expected one of"),
 }
@@ -452,12 +452,14 @@ def test_bad_options_that_a_trial_finds(tiny, words, sentence, capsys, monkeypat
 
 
 def test_an_option_goes_to_those_that_have_it():
-    """--scale is given to galore and velora, and adamw and oasis do not mind."""
-    config = compare.Compare(methods="adamw,oasis,velora,galore", scale=0.5, groups=8)
+    """--scale is given to oasis, galore and velora, and adamw and lora do not mind."""
+    labels = ("adamw", "lora", "oasis:0.5", "velora", "galore")
+    config = compare.Compare(methods=",".join(labels), scale=0.5, groups=8)
     compare._check_methods(config, config.methods.split(","))
     for label, expected in {
         "adamw": set(),
-        "oasis:0.5": {"--rank=0.5"},
+        "lora": set(),
+        "oasis:0.5": {"--rank=0.5", "--scale=0.5"},
         "velora": {"--scale=0.5", "--groups=8"},
         "galore": {"--scale=0.5"},
     }.items():
