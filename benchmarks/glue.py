@@ -208,40 +208,51 @@ def best_rate(trials: dict[str, Any], method: str, task: str, seed: int) -> floa
 def table(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per method: by task the mean and the deviation over seeds, in points.
 
-    Of each method and task, the learning rate that most seeds were run with.
+    Of each method and task, the learning rate that most seeds were run with; of tasks,
+    those that every method was run on with all seeds.
     """
-    trials = list(results["trials"].values())
-    rows = []
-    for method in dict.fromkeys(t["method"] for t in trials):
-        tasks = {}
-        for task in FOLDERS:
-            own = [t for t in trials if (t["method"], t["task"]) == (method, task)]
-            by_rate: dict[float, list] = {}
-            for trial in own:
-                by_rate.setdefault(trial["lr"], []).append(trial)
-            if not by_rate:
-                continue
-            chosen = max(by_rate.values(), key=lambda ts: (len(ts), _mean(ts)))
-            tasks[task] = {
-                "mean": _mean(chosen),
-                "deviation": statistics.stdev(_points(chosen)) if chosen[1:] else 0.0,
-                "seeds": len(chosen),
-                "lr": chosen[0]["lr"] * row(method).rate,
-                # Of all trials, for some shared their core with other work.
-                "step_ms": min(t.get("step_ms_median") or math.inf for t in own),
-                "bytes": {k: v for k, v in chosen[0].items() if k.endswith("_bytes")},
-            }
-        # Seeds are independent, so the deviations of a mean add in squares.
-        squares = sum(task["deviation"] ** 2 for task in tasks.values())
-        rows.append(
-            {
-                "method": method,
-                "average": statistics.fmean(task["mean"] for task in tasks.values()),
-                "deviation": squares**0.5 / len(tasks),
-                "tasks": tasks,
-            }
-        )
-    return sorted(rows, key=lambda row: (-len(row["tasks"]), -row["average"]))
+    runs: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    for trial in results["trials"].values():
+        rates = runs.setdefault((trial["method"], trial["task"]), {})
+        rates.setdefault(trial["lr"], []).append(trial)
+    cells = {pair: _cell(rates) for pair, rates in runs.items()}
+    methods = dict.fromkeys(method for method, _ in cells)
+    seeds = max((cell["seeds"] for cell in cells.values()), default=0)
+    tasks = [
+        task
+        for task in FOLDERS
+        if all(cells.get((m, task), {}).get("seeds") == seeds for m in methods)
+    ]
+    if not tasks:
+        return []
+    rows = [_row(m, {task: cells[m, task] for task in tasks}) for m in methods]
+    return sorted(rows, key=lambda row: -row["average"])
+
+
+def _cell(rates: dict[float, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of the trials of one method on one task, by learning rate."""
+    chosen = max(rates.values(), key=lambda trials: (len(trials), _mean(trials)))
+    # Of all trials, for some shared their core with other work.
+    times = [t.get("step_ms_median") or math.inf for ts in rates.values() for t in ts]
+    return {
+        "mean": _mean(chosen),
+        "deviation": statistics.stdev(_points(chosen)) if chosen[1:] else 0.0,
+        "seeds": len(chosen),
+        "lr": chosen[0]["lr"] * row(chosen[0]["method"]).rate,
+        "step_ms": min(times),
+        "bytes": {k: v for k, v in chosen[0].items() if k.endswith("_bytes")},
+    }
+
+
+def _row(method: str, tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    # Seeds are independent, so the deviations of a mean add in squares.
+    squares = sum(task["deviation"] ** 2 for task in tasks.values())
+    return {
+        "method": method,
+        "average": statistics.fmean(task["mean"] for task in tasks.values()),
+        "deviation": squares**0.5 / len(tasks),
+        "tasks": tasks,
+    }
 
 
 def _points(trials: list[dict[str, Any]]) -> list[float]:

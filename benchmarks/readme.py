@@ -117,8 +117,7 @@ def glue() -> str:
     result = _load("glue.json")
     config = result["configuration"]
     rows = table(result)
-    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
-    whole = [row for row in rows if len(row["tasks"]) == len(tasks)]
+    tasks = list(rows[0]["tasks"])
     sizes = [config["sizes"][task] for task in tasks]
     steps = ", ".join(
         f"{size['steps']} of {size['batch']} x {size['seq']} ({task})"
@@ -137,7 +136,7 @@ def glue() -> str:
         " | peak |",
         "|:---|---:|" + "---:|" * (len(tasks) + 4),
     ]
-    for row in whole:
+    for row in rows:
         first = row["tasks"][tasks[0]]
         parts = ("optimizer_state_bytes", "saved_activation_bytes", "peak_bytes")
         cells = [
@@ -151,7 +150,7 @@ def glue() -> str:
     rates = [
         f"{row['method']} "
         + "/".join(f"{task['lr']:g}" for task in row["tasks"].values())
-        for row in whole
+        for row in rows
     ]
     return "\n".join([*lines, "", f"Learning rates, by task: {', '.join(rates)}."])
 
