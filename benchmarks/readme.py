@@ -118,6 +118,7 @@ def glue() -> str:
     config = result["configuration"]
     rows = table(result)
     tasks = list(rows[0]["tasks"])
+    seeds = rows[0]["tasks"][tasks[0]]["seeds"]
     sizes = [config["sizes"][task] for task in tasks]
     steps = ", ".join(
         f"{size['steps']} of {size['batch']} x {size['seq']} ({task})"
@@ -127,8 +128,8 @@ def glue() -> str:
         f"{config['model']} (22 M parameters), steps of packed tokens: {steps};"
         f" rank {config['rank']}. The dev set after the last step, in points"
         " (CoLA Matthews, MRPC mean of F1 and accuracy, RTE and SST-2 accuracy), mean"
-        " ± deviation over three seeds at the best of three learning rates, and of one"
-        " beyond where the best is at an end; bytes are of"
+        f" ± deviation over {seeds} seeds at the best of three learning rates, and of"
+        " one beyond where the best is at an end; bytes are of"
         f" {tasks[0]}'s compiled step, and so is the time, the least of the trials'"
         f" medians ({_machine(result['machine'])}):",
         "",

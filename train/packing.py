@@ -49,6 +49,18 @@ def pack(
     return rows
 
 
+def pack_shuffled(
+    lengths: Sequence[int],
+    capacity: int,
+    draw: np.random.Generator,
+    most: int | None = None,
+) -> list[list[int]]:
+    """As `pack`, with the items taken in a random order."""
+    order = draw.permutation(len(lengths)).tolist()
+    rows = pack([lengths[index] for index in order], capacity, most)
+    return [[order[item] for item in row] for row in rows]
+
+
 class Example(NamedTuple):
     """A prompt and its answer.
 
@@ -99,7 +111,5 @@ def pack_examples(
     examples: list[Example], seq: int, draw: np.random.Generator
 ) -> PackedRows:
     """Packs examples in a random order; what is longer than a row is cut at its end."""
-    order = draw.permutation(len(examples)).tolist()
-    lengths = [min(len(examples[index].tokens), seq + 1) for index in order]
-    contents = [[order[i] for i in row] for row in pack(lengths, seq + 1)]
-    return PackedRows(examples, contents, seq)
+    lengths = [min(len(example.tokens), seq + 1) for example in examples]
+    return PackedRows(examples, pack_shuffled(lengths, seq + 1, draw), seq)

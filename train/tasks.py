@@ -19,7 +19,7 @@ import sklearn.metrics
 import tokenizers
 
 from train.data import Batch, fill, shuffled
-from train.packing import pack
+from train.packing import pack_shuffled
 from train.tables import (
     Columns,
     Example,
@@ -262,7 +262,7 @@ def load_task(
     number = _value if regression else functools.partial(_index, known)
     dtype = np.float32 if regression else np.int32
     tokenizer.enable_truncation(seq, strategy="longest_first")
-    rows, truncated = {}, 0
+    rows, truncated, most = {}, 0, slots(seq, packed)
     with progress_bar(progress) as bar:
         tokenising = bar.add_task("Tokenising", total=sum(map(len, splits.values())))
         for split, examples in splits.items():
@@ -272,16 +272,10 @@ def load_task(
             )
             contents = [[example] for example in range(len(tokens))]
             if packed:
-                contents = _contents(tokens, seq, seed)
-            rows[split] = _Rows(
-                tokens,
-                types,
-                values,
-                contents,
-                seq,
-                slots(seq, packed),
-                _padding(tokenizer),
-            )
+                draw, lengths = np.random.default_rng(seed), [*map(len, tokens)]
+                contents = pack_shuffled(lengths, seq, draw, most)
+            pad = _padding(tokenizer)
+            rows[split] = _Rows(tokens, types, values, contents, seq, most, pad)
             truncated += cut
     train, dev = rows["train"], rows["validation"]
     used = sum(map(len, train.tokens)) / (seq * len(train))
@@ -296,13 +290,6 @@ def load_task(
         f" {truncated:,} truncated to {seq} tokens; rows {used:.0%} full",
         rows,
     )
-
-
-def _contents(tokens: list[np.ndarray], seq: int, seed: int) -> list[list[int]]:
-    """The examples of each row, packed in a random order."""
-    order = np.random.default_rng(seed).permutation(len(tokens)).tolist()
-    rows = pack([len(tokens[index]) for index in order], seq, slots(seq, True))
-    return [[order[item] for item in row] for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
