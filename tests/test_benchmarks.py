@@ -98,6 +98,8 @@ def glue(monkeypatch, tmp_path):
         }
 
     monkeypatch.setattr(module, "run_trial", trial)
+    # What it sets for its trials stays here.
+    monkeypatch.setattr(module.os, "environ", dict(module.os.environ))
     return module
 
 
