@@ -52,8 +52,8 @@ SIZES = {
     "sst2": Size(150, 2, 256),
 }
 """Capped for two cores: 1.2 epochs of CoLA, two thirds of MRPC's, two of RTE's (after one,
-AdamW is at chance), 5,700 sentences of SST-2, in batches of 44, 19, 14 and 38. Nearly nothing
-is cut."""
+AdamW is at chance), 5,700 sentences of SST-2, in batches of 44, 19, 14 and 38. Nearly
+nothing is cut."""
 
 
 @dataclasses.dataclass(frozen=True)
