@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glue import table
+from timing import TARGETS
 
 from train.report import compare_markdown, human_bytes
 
@@ -49,7 +50,8 @@ def _workload(config: dict[str, Any]) -> str:
     return (
         f"{config['preset']}{' with ' if size else ''}{' and '.join(size)},"
         f" {config['batch']} x {config['seq']} tokens, {config['dtype']} computation,"
-        f" {config['param_dtype']} weights, rank {config['rank']} of n_in"
+        f" {config['param_dtype']} weights, rank {config['rank']}"
+        f"{' of n_in' if '.' in config['rank'] else ''}"
     )
 
 
@@ -113,29 +115,47 @@ def residuals() -> str:
 
 
 def glue() -> str:
-    """A column a task, points, and what a step took and kept."""
-    result = _load("glue.json")
+    """A table for every device that has results."""
+    names = [n for n in ("glue", "glue_gpu") if (RESULTS / f"{n}.json").exists()]
+    if not names:
+        raise FileNotFoundError
+    return "\n\n".join(map(_glue, names))
+
+
+def _glue(name: str) -> str:
+    """A column a task, points, and what a step kept, and took where it ran alone."""
+    result = _load(f"{name}.json")
     config = result["configuration"]
     rows = table(result)
     tasks = list(rows[0]["tasks"])
     seeds = rows[0]["tasks"][tasks[0]]["seeds"]
-    sizes = [config["sizes"][task] for task in tasks]
-    steps = ", ".join(
-        f"{size['steps']} of {size['batch']} x {size['seq']} ({task})"
-        for task, size in zip(tasks, sizes, strict=True)
-    )
+    sizes = {
+        task: "{steps} of {batch} x {seq}".format(**config["sizes"][task])
+        for task in tasks
+    }
+    steps = ", ".join(f"{size} ({task})" for task, size in sizes.items())
+    if len(set(sizes.values())) == 1:
+        steps = sizes[tasks[0]]
+    # A GPU was shared by trials, so what their steps took says nothing.
+    timed = result["machine"]["device"] == "cpu"
+    time = ", and so is the time, the least of the trials' medians" if timed else ""
+    heads = [
+        *tasks,
+        *(["step (ms)"] if timed else []),
+        "optimizer",
+        "activations",
+        "peak",
+    ]
     lines = [
         f"{config['model']} (22 M parameters), steps of packed tokens: {steps};"
         f" rank {config['rank']}. The dev set after the last step, in points"
         " (CoLA Matthews, MRPC mean of F1 and accuracy, RTE and SST-2 accuracy), mean"
         f" ± deviation over {seeds} seeds at the best of three learning rates, and of"
         " one beyond where the best is at an end; bytes are of"
-        f" {tasks[0]}'s compiled step, and so is the time, the least of the trials'"
-        f" medians ({_machine(result['machine'])}):",
+        f" {tasks[0]}'s compiled step{time} ({_machine(result['machine'])}):",
         "",
-        f"| method | average | {' | '.join(tasks)} | step (ms) | optimizer | activations"
-        " | peak |",
-        "|:---|---:|" + "---:|" * (len(tasks) + 4),
+        f"| method | average | {' | '.join(heads)} |",
+        "|:---|---:|" + "---:|" * len(heads),
     ]
     for row in rows:
         first = row["tasks"][tasks[0]]
@@ -144,7 +164,7 @@ def glue() -> str:
             row["method"],
             f"{row['average']:.1f} ± {row['deviation']:.1f}",
             *(f"{t['mean']:.1f} ± {t['deviation']:.1f}" for t in row["tasks"].values()),
-            f"{first['step_ms']:,.0f}",
+            *([f"{first['step_ms']:,.0f}"] if timed else []),
             *(human_bytes(first["bytes"][part]) for part in parts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -258,17 +278,26 @@ def frontier() -> str:
 def _frontier(name: str) -> str:
     result = _load(f"frontier_{name}.json")
     first = result["rows"][0]["configuration"]
+    planned = _planned(result)
+    more = ["planned", "step (ms)", "estimated (ms)"] if planned else []
+    heads = ["step", "quartiles", "peak", "saved activations", *more]
     lines = [
         f"Step time in units of `{first}`, median and quartiles, and peak memory of"
         f" {_workload(result['configuration'])} ({_timed_on(result)}):",
         "",
-        "| method:recomputation:rank:residuals | step | quartiles | peak |"
-        " saved activations |",
-        "|:---|---:|---:|---:|---:|",
+        f"| method:recomputation:rank:residuals | {' | '.join(heads)} |",
+        "|:---|" + "---:|" * len(heads),
     ]
-    for row in result["rows"]:
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+
+    def by_memory(row: dict[str, Any]) -> tuple[int, int]:
+        return methods.index(row["method"]), -row.get("compiled_peak_bytes", 0)
+
+    for row in sorted(result["rows"], key=by_memory):
         if "failed" in row:
-            lines.append(f"| {row['configuration']} | failed | n/a | n/a | n/a |")
+            lines.append(
+                f"| {row['configuration']} | failed |" + " n/a |" * len(heads[1:])
+            )
             continue
         ratio = row["ratio"]
         cells = [
@@ -277,9 +306,35 @@ def _frontier(name: str) -> str:
             human_bytes(row["peak_bytes"] or row["compiled_peak_bytes"]),
             human_bytes(row["memory"]["saved_activations"]),
         ]
+        if planned:
+            plan = planned.get((row["method"], row["remat"], row["residuals"]), {})
+            cells += [
+                human_bytes(plan["peak_bytes"]) if plan else "n/a",
+                f"{1e3 * row['step_seconds_median']:,.0f}",
+                f"{1e3 * plan['estimated_step_seconds']:,.0f}" if plan else "n/a",
+            ]
         lines.append(f"| {row['configuration']} | {' | '.join(cells)} |")
     picture = f"benchmarks/results/frontier_{name}.png"
     return "\n".join(lines) + f"\n\n![Step time against peak memory]({picture})"
+
+
+def _planned(result: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What was planned of the same steps for the same device, before there was one."""
+    target = TARGETS.get(result["machine"]["device"])
+    try:
+        plans = _load(f"plan_{target}.json")["plans"]
+    except FileNotFoundError:
+        return {}
+    same = ("preset", "batch", "seq", "dtype", "param_dtype", "cross_documents")
+    # AdamW has no rank.
+    return {
+        tuple(own[name] for name in ("method", "remat", "residuals")): plan
+        for plan in plans
+        if (own := plan["configuration"])
+        and all(own[name] == result["configuration"][name] for name in same)
+        and own.get("rank", result["configuration"]["rank"])
+        in (None, result["configuration"]["rank"])
+    }
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

@@ -97,6 +97,8 @@ class Workload:
     """The tracker looks at every stride-th token."""
     dtype: str = "float32"
     param_dtype: str = "float32"
+    cross_documents: bool = False
+    """As in `pretrain`; `plan` has it too, so that its peak can be compared."""
     rounds: int = 10
     """How often each step is timed, after two that are not."""
     alone: bool = False
@@ -139,6 +141,7 @@ class Workload:
             stride=self.stride,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            cross_documents=self.cross_documents,
             steps=10_000,
         )
 
@@ -192,9 +195,7 @@ def model_flops(config: Any, *, batch: int, seq: int) -> float:
     return float(batch * seq * (6 * weights + 12 * attention))
 
 
-# As JAX names the devices. What is not here, another bin of the same chip included, has
-# a peak that is not known.
-_TARGETS = {
+TARGETS = {
     "NVIDIA H200": "h200",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA A100-SXM4-80GB": "a100",
@@ -205,6 +206,8 @@ _TARGETS = {
     "TPU v5": "v5p",
     "TPU v6 lite": "v6e",
 }
+"""Of the devices as JAX names them. What is not here, another bin of the same chip
+included, has a peak that is not known."""
 
 
 def peak_flops(device: str, dtype: str) -> tuple[float | None, str]:
@@ -213,9 +216,9 @@ def peak_flops(device: str, dtype: str) -> tuple[float | None, str]:
     >>> peak_flops("cpu", "float32")
     (None, 'The peak of cpu in float32 is not known.')
     """
-    if device not in _TARGETS or dtype != "bfloat16":
+    if device not in TARGETS or dtype != "bfloat16":
         return None, f"The peak of {device} in {dtype} is not known."
-    peak = targets.find(_TARGETS[device]).flops
+    peak = targets.find(TARGETS[device]).flops
     return peak, f"{device} has a peak of {peak / 1e12:g} TFLOP/s in {dtype}."
 
 
@@ -258,8 +261,18 @@ class Step:
             self.measured.seconds.append(self._clock() - started)
 
 
-def measure(workload: Workload, cases: Sequence[Case]) -> dict[str, Measured | str]:
+Found = dict[str, Measured | str]
+
+
+def measure(
+    workload: Workload,
+    cases: Sequence[Case],
+    each: Callable[[Found], object] = lambda found: None,
+) -> Found:
     """Times every case, with a progress bar.
+
+    Args:
+      each: Is given what there is after each process, for a long run may be cut short.
 
     Returns:
       By label what was measured, or, of a case that failed in a process of its own (one
@@ -267,13 +280,16 @@ def measure(workload: Workload, cases: Sequence[Case]) -> dict[str, Measured | s
     """
     if workload.clock == "cpu" and jax.default_backend() != "cpu":
         raise UserError("--clock cpu does not see what an accelerator does")
+    found: Found = {}
     if takes_turns(workload):
-        return dict(_in_turns(workload, cases))
-    found: dict[str, Measured | str] = {}
+        found.update(_in_turns(workload, cases))
+        each(found)
+        return found
     with _progress(len(cases)) as tick:
         for case in cases:
             tick(case.label)
             found[case.label] = _alone(workload, case)
+            each(found)
     return found
 
 
@@ -391,7 +407,7 @@ def about(workload: Workload, machine_: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def complete(found: dict[str, Measured | str]) -> dict[str, Measured]:
+def complete(found: Found) -> dict[str, Measured]:
     """What was measured, of all.
 
     Raises:

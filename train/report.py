@@ -410,20 +410,22 @@ def frontier_plot(rows: Sequence[Record], path: Path) -> None:
     """Draws step time against peak memory, with a line for each method's levels.
 
     Args:
-      rows: One per configuration, in the order of a line: configuration (its name),
-        method, rank, residuals, compiled_peak_bytes, peak_bytes (None where the device
-        does not tell), and ratio, whose median is the time in units of the first row's.
-        Rows without a ratio failed, and have no point; rows with a rank or residuals of
-        their own are not on the line.
+      rows: One per configuration: configuration (its name), method, rank, residuals,
+        compiled_peak_bytes, peak_bytes (None where the device does not tell), and ratio,
+        whose median is the time in units of the first row's. Rows without a ratio
+        failed, and have no point; rows with a rank or residuals of their own are not on
+        the line.
       path: The PNG to write.
     """
     rows = [row for row in rows if "ratio" in row]
     told = all(row["peak_bytes"] is not None for row in rows)
     key = "peak_bytes" if told else "compiled_peak_bytes"
+    large = max(row[key] for row in rows) >= 2**33
+    size, unit = (2**30, "GiB") if large else (2**20, "MiB")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = _axes(
         figure.subplots(),
-        xlabel="peak memory (MiB), as the"
+        xlabel=f"peak memory ({unit}), as the"
         f" {'device' if told else 'compiler'} reports it",
         ylabel=f"step time / that of {rows[0]['configuration']}",
     )
@@ -433,11 +435,12 @@ def frontier_plot(rows: Sequence[Record], path: Path) -> None:
         color = COLORS[index % len(COLORS)]
         line = []
         for row in (row for row in rows if row["method"] == method):
-            x, y = row[key] / 2**20, row["ratio"]["median"]
+            x, y = row[key] / size, row["ratio"]["median"]
             points.append((x, y, row["configuration"], color))
             if not row["rank"] and row["residuals"] == "whole":
                 line.append((x, y))
-        axes.plot(*np.reshape(line, (-1, 2)).T, color=color, linewidth=1.2)
+        # The more is recomputed, the less memory.
+        axes.plot(*np.reshape(sorted(line), (-1, 2)).T, color=color, linewidth=1.2)
     _labelled_points(axes, points)
     _save(figure, path)
 
