@@ -11,6 +11,12 @@ rates are swept with the first seed, with one more beyond the end where a method
 an end; its best on a task is repeated with the other seeds. What a trial measured goes
 into --results at once, and is not measured again: it can be stopped and started, and takes
 a method more.
+
+A GPU is shared by --jobs trials, so their step times say nothing of the methods, and takes
+more in the same time:
+
+    python benchmarks/glue.py --model FOLDER --data ../shared/data/glue --jobs 16 \
+        --size 240 8 256 --results benchmarks/results/glue_gpu.json
 """
 
 import dataclasses
@@ -21,6 +27,7 @@ import shutil
 import statistics
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,8 +81,8 @@ class Config:
     """For a method that is best at the first, or at the last, of `lrs`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rank: str = "32"
-    steps: float = 1.0
-    """In units of those of `SIZES`."""
+    size: tuple[int, int, int] | None = None
+    """Of every task's trials: steps, rows and tokens of a row; `SIZES` if not given."""
     jobs: int = 1
     """Trials at a time, each with an equal share of the cores."""
     out: Path = Path("runs/glue")
@@ -105,19 +112,51 @@ def run(config: Config) -> list[dict[str, Any]]:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.out.absolute() / "compiled")
     # Huge pages save glibc's page faults, part of every step on a CPU.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    # Else the first of several trials on a GPU has its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     results = _read(config)
-    first, *others = config.seeds
-    for task in config.tasks:
-        pairs = [(method, task) for method in config.methods]
-        sweep = [Trial(*pair, lr, first) for pair in pairs for lr in config.lrs]
-        _run(config, results, sweep)
-        ends = dict(zip((config.lrs[0], config.lrs[-1]), config.beyond, strict=True))
-        best = {pair: best_rate(results["trials"], *pair, first) for pair in pairs}
-        more = [Trial(*p, ends[best[p]], first) for p in pairs if best[p] in ends]
-        _run(config, results, more)
-        best = {pair: best_rate(results["trials"], *pair, first) for pair in pairs}
-        _run(config, results, [Trial(*p, best[p], s) for p in pairs for s in others])
+    pairs = [(method, task) for task in config.tasks for method in config.methods]
+    console, lock = report.console(), threading.Lock()
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("methods on tasks", total=len(pairs))
+
+        def measure(trial: Trial) -> None:
+            if trial.name in results["trials"]:
+                return
+            out = config.out / trial.name
+            command = _command(config, trial, out)
+            summary = run_trial(out, command, lambda: {"best": None})
+            shutil.rmtree(out)  # its checkpoints are some hundred MiB
+            with lock:
+                results["trials"][trial.name] = {**trial._asdict(), **_short(summary)}
+                report.write_json(config.results, results)
+            console.print(f"{trial.name}  {_score(summary):.4f}")
+
+        def one(pair: tuple[str, str]) -> None:
+            for trial in _trials(config, results["trials"], *pair):
+                measure(trial)
+            bar.advance(shown)
+
+        side_by_side(one, pairs, config.jobs)
     return table(results)
+
+
+def _trials(
+    config: Config, done: dict[str, Any], method: str, task: str
+) -> Iterator[Trial]:
+    """Those of one method on one task, each after the one before is done."""
+    first, *others = config.seeds
+    # Tasks begin at different rates, so that few compile the same step at a time.
+    turn = config.tasks.index(task) % len(config.lrs)
+    for lr in config.lrs[turn:] + config.lrs[:turn]:
+        yield Trial(method, task, lr, first)
+    ends = dict(zip((config.lrs[0], config.lrs[-1]), config.beyond, strict=True))
+    best = best_rate(done, method, task, first)
+    if best in ends:
+        yield Trial(method, task, ends[best], first)
+        best = best_rate(done, method, task, first)
+    for seed in others:
+        yield Trial(method, task, best, seed)
 
 
 def _read(config: Config) -> dict[str, Any]:
@@ -138,27 +177,6 @@ def _read(config: Config) -> dict[str, Any]:
             " another file"
         )
     return found | {"configuration": both}
-
-
-def _run(config: Config, results: dict[str, Any], trials: list[Trial]) -> None:
-    """Runs the trials that are not in the results yet, and writes them there."""
-    left = [trial for trial in trials if trial.name not in results["trials"]]
-    console, lock = report.console(), threading.Lock()
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("trials", total=len(left))
-
-        def one(trial: Trial) -> None:
-            out = config.out / trial.name
-            command = _command(config, trial, out)
-            summary = run_trial(out, command, lambda: {"best": None})
-            shutil.rmtree(out)  # its checkpoints are some hundred MiB
-            with lock:
-                results["trials"][trial.name] = {**trial._asdict(), **_short(summary)}
-                report.write_json(config.results, results)
-            console.print(f"{trial.name}  {_score(summary):.4f}")
-            bar.advance(task)
-
-        side_by_side(one, left, config.jobs)
 
 
 def _short(summary: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +210,7 @@ def _command(config: Config, trial: Trial, out: Path) -> list[str]:
 
 
 def _size(config: Config, task: str) -> Size:
-    size = SIZES[task]
-    return size._replace(steps=max(1, round(config.steps * size.steps)))
+    return SIZES[task] if config.size is None else Size(*config.size)
 
 
 def _score(summary: dict[str, Any]) -> float:
@@ -204,7 +221,8 @@ def _score(summary: dict[str, Any]) -> float:
 def best_rate(trials: dict[str, Any], method: str, task: str, seed: int) -> float:
     """The learning rate with the best score, with one seed."""
     mine = {"method": method, "task": task, "seed": seed}
-    own = [trial for trial in trials.values() if mine.items() <= trial.items()]
+    # A list first, for other threads add to them.
+    own = [trial for trial in list(trials.values()) if mine.items() <= trial.items()]
     return max(own, key=_score)["lr"]
 
 

@@ -126,9 +126,19 @@ def test_glue_sweeps_repeats_and_goes_on(glue, tmp_path, capsys):
     ranks = {options["method"]: options.get("rank") for options in glue.ran}
     assert ranks == {"adamw": None, "galore": "32"}
 
+    # Tasks begin at different rates, so that few compile the same step at a time.
+    begins = {o["task"]: float(o["lr"]) for o in reversed(glue.ran) if "rank" not in o}
+    assert begins == {"cola": 0.1, "rte": 0.2}
+
     glue.ran.clear()
     more = dataclasses.replace(config, methods=("adamw", "galore", "oasis"))
     assert len(glue.run(more)) == 3
     assert {options["method"] for options in glue.ran} == {"oasis"}
-    assert glue.main(dataclasses.replace(config, rank="8")) == 1
-    assert "choose another file" in capsys.readouterr().err
+    for change in ({"rank": "8"}, {"size": (7, 8, 9)}):
+        assert glue.main(dataclasses.replace(config, **change)) == 1
+        assert "choose another file" in capsys.readouterr().err
+    sized = dataclasses.replace(config, size=(7, 8, 9), results=tmp_path / "sized.json")
+    glue.ran.clear()
+    glue.run(sized)
+    sizes = {(o["steps"], o["batch"], o["seq"]) for o in glue.ran}
+    assert sizes == {("7", "8", "9")}
