@@ -325,15 +325,14 @@ def _planned(result: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
         plans = _load(f"plan_{target}.json")["plans"]
     except FileNotFoundError:
         return {}
+    config = result["configuration"]
     same = ("preset", "batch", "seq", "dtype", "param_dtype", "cross_documents")
-    # AdamW has no rank.
     return {
         tuple(own[name] for name in ("method", "remat", "residuals")): plan
         for plan in plans
         if (own := plan["configuration"])
-        and all(own[name] == result["configuration"][name] for name in same)
-        and own.get("rank", result["configuration"]["rank"])
-        in (None, result["configuration"]["rank"])
+        and all(own[name] == config[name] for name in same)
+        and own.get("rank") in (None, config["rank"])  # AdamW has none
     }
 
 
