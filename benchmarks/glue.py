@@ -12,8 +12,8 @@ an end; its best on a task is repeated with the other seeds. What a trial measur
 into --results at once, and is not measured again: it can be stopped and started, and takes
 a method more.
 
-A GPU is shared by --jobs trials, so their step times say nothing of the methods, and takes
-more in the same time:
+A GPU trains on more in the same time. It is shared by --jobs trials, so that what their
+steps take says nothing of the methods:
 
     python benchmarks/glue.py --model FOLDER --data ../shared/data/glue --jobs 16 \
         --size 240 8 256 --results benchmarks/results/glue_gpu.json
