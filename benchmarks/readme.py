@@ -114,12 +114,16 @@ def residuals() -> str:
     return "\n".join(lines)
 
 
+def _every(names: tuple[str, ...], make: Callable[[str], str]) -> str:
+    """What `make` says of each of the results that exist: one device has one."""
+    found = [name for name in names if (RESULTS / f"{name}.json").exists()]
+    if not found:
+        raise FileNotFoundError(names)
+    return "\n\n".join(map(make, found))
+
+
 def glue() -> str:
-    """A table for every device that has results."""
-    names = [n for n in ("glue", "glue_gpu") if (RESULTS / f"{n}.json").exists()]
-    if not names:
-        raise FileNotFoundError
-    return "\n\n".join(map(_glue, names))
+    return _every(("glue", "glue_gpu"), _glue)
 
 
 def _glue(name: str) -> str:
@@ -268,15 +272,12 @@ def plans() -> str:
 
 
 def frontier() -> str:
-    """The table and the picture of every device that has results."""
-    names = [n for n in ("cpu", "gpu") if (RESULTS / f"frontier_{n}.json").exists()]
-    if not names:
-        raise FileNotFoundError
-    return "\n\n".join(map(_frontier, names))
+    return _every(("frontier_cpu", "frontier_gpu"), _frontier)
 
 
 def _frontier(name: str) -> str:
-    result = _load(f"frontier_{name}.json")
+    """Step time and peak of every configuration, and the picture."""
+    result = _load(f"{name}.json")
     first = result["rows"][0]["configuration"]
     planned = _planned(result)
     more = ["planned", "step (ms)", "estimated (ms)"] if planned else []
@@ -314,7 +315,7 @@ def _frontier(name: str) -> str:
                 f"{1e3 * plan['estimated_step_seconds']:,.0f}" if plan else "n/a",
             ]
         lines.append(f"| {row['configuration']} | {' | '.join(cells)} |")
-    picture = f"benchmarks/results/frontier_{name}.png"
+    picture = f"benchmarks/results/{name}.png"
     return "\n".join(lines) + f"\n\n![Step time against peak memory]({picture})"
 
 
