@@ -296,9 +296,8 @@ def _frontier(name: str) -> str:
 
     for row in sorted(result["rows"], key=by_memory):
         if "failed" in row:
-            lines.append(
-                f"| {row['configuration']} | failed |" + " n/a |" * len(heads[1:])
-            )
+            empty = " n/a |" * (len(heads) - 1)
+            lines.append(f"| {row['configuration']} | failed |{empty}")
             continue
         ratio = row["ratio"]
         cells = [
