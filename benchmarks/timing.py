@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from oasis_jax import targets
-from oasis_jax.flops import llama_inputs
-from oasis_jax.memory import step_memory
 from oasis_jax.methods import row
+from oasis_jax.planning import targets
+from oasis_jax.planning.flops import llama_inputs
+from oasis_jax.planning.memory import step_memory
 from train import report
 from train.config import Pretrain, UserError
 from train.loop import machine, train_step

@@ -1,7 +1,7 @@
 """Full-parameter training in an online-learned activation subspace (arXiv 2604.09406)."""
 
 from oasis_jax.dense import projected_dense
-from oasis_jax.gradient_side import galore, ldadam, osd
+from oasis_jax.gradient.side import galore, ldadam, osd
 from oasis_jax.lift import lift
 from oasis_jax.lora import Lora
 from oasis_jax.losses import chunked_cross_entropy

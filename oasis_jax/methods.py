@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import optax
 from optax import contrib
 
-from oasis_jax.gradient_side import galore, ldadam, osd
+from oasis_jax.gradient.side import galore, ldadam, osd
 from oasis_jax.leaves import is_matrix, per_leaf, scale_matching, unstacked
 from oasis_jax.lora import Lora
 from oasis_jax.optimizer import (

@@ -11,7 +11,7 @@ import pytest
 from oasis_jax.attention import attention
 from oasis_jax.chunks import chunks
 from oasis_jax.compat import has_cudnn_attention, reuse_forward
-from oasis_jax.memory import compiled_bytes, saved_activations
+from oasis_jax.planning.memory import compiled_bytes, saved_activations
 from oasis_jax.residuals import ATTENTION
 
 

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from oasis_jax import OasisTrainState, memory
+from oasis_jax import OasisTrainState
 from oasis_jax.methods import method
 from oasis_jax.models.llama import Llama, LlamaConfig
+from oasis_jax.planning import memory
 
 FILE = Path(__file__).with_name("memory_budget.json")
 GROWTH = 0.02

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from oasis_jax.gradient_rules import projection_error
-from oasis_jax.gradient_side import galore, ldadam, osd
+from oasis_jax.gradient.rules import projection_error
+from oasis_jax.gradient.side import galore, ldadam, osd
 
 DIRECTORY = Path(
     os.environ.get("OASIS_FIXTURES") or Path(__file__).parents[1] / "../shared/fixtures"

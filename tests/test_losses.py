@@ -16,7 +16,7 @@ from oasis_jax import Oja, Projection
 from oasis_jax.bases import Blocks, Seeded
 from oasis_jax.lora import Adapter
 from oasis_jax.losses import chunked_cross_entropy
-from oasis_jax.memory import compiled_bytes, saved_activations, tree_bytes
+from oasis_jax.planning.memory import compiled_bytes, saved_activations, tree_bytes
 from oasis_jax.trackers import Random
 
 WIDTH, VOCABULARY, RANK = 16, 24, 4

@@ -18,10 +18,10 @@ from oasis_jax import OasisTrainState
 from oasis_jax import subspace as sub
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.linen import OasisDense, shared_dense
-from oasis_jax.memory import tree_bytes
 from oasis_jax.methods import METHODS, method
 from oasis_jax.models import llama
 from oasis_jax.paths import flatten_paths
+from oasis_jax.planning.memory import tree_bytes
 
 WIDTH, HIDDEN, LAYERS, BATCH = 16, 24, 2, 24
 OWN = [name for name, row in METHODS.items() if not row.ablation]

@@ -14,7 +14,6 @@ import pytest
 from jax import lax
 
 from oasis_jax.compat import saved_residuals
-from oasis_jax.memory import saved_activations, tree_bytes
 from oasis_jax.models.llama import _rms_norm, _swiglu
 from oasis_jax.nonlinear import (
     compressed,
@@ -22,6 +21,7 @@ from oasis_jax.nonlinear import (
     compressed_rms_norm,
     compressed_swiglu,
 )
+from oasis_jax.planning.memory import saved_activations, tree_bytes
 from oasis_jax.residuals import COEFFICIENTS, OBSERVED, policy
 
 LEADING, WIDTH, PRINCIPAL, RANDOM = (4, 6), 16, 3, 2

@@ -14,9 +14,9 @@ from oasis_jax.bases import draw
 from oasis_jax.dense import projected_dense
 from oasis_jax.lift import lift
 from oasis_jax.linen import shared_dense
-from oasis_jax.memory import saved_activations
 from oasis_jax.methods import method
 from oasis_jax.models import llama
+from oasis_jax.planning.memory import saved_activations
 from oasis_jax.subspace import COLLECTION, bases, probe, projections
 from oasis_jax.trackers import WARM_START, Complement, Svd
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from oasis_jax import residuals
-from oasis_jax.memory import saved_activations
+from oasis_jax.planning.memory import saved_activations
 from oasis_jax.residuals import keep, narrow, narrowed, policy
 
 EIGHT_BITS = ("int8", "fp8")

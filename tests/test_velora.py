@@ -19,9 +19,9 @@ import pytest
 
 from oasis_jax import OasisTrainState, Rule
 from oasis_jax.linen import OasisDense
-from oasis_jax.memory import saved_activations, tree_bytes
 from oasis_jax.methods import method
 from oasis_jax.models import llama
+from oasis_jax.planning.memory import saved_activations, tree_bytes
 from oasis_jax.subspace import COLLECTION, bases, probe
 from oasis_jax.trackers import BlockMean
 

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from oasis_jax import hf, memory, targets
+from oasis_jax import hf
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.compat import without_accelerators
 from oasis_jax.models.bert import Bert, BertConfig
 from oasis_jax.models.generate import generate, pad
 from oasis_jax.models.llama import Llama, LlamaConfig
+from oasis_jax.planning import memory, targets
 from oasis_jax.state import OasisTrainState
 from train import loop, report
 from train.config import Finetune, UserError

@@ -31,9 +31,9 @@ from rich.progress import (
 
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.leaves import by_pattern, unstacked
-from oasis_jax.memory import step_memory, tree_bytes
 from oasis_jax.methods import row
 from oasis_jax.paths import flatten_paths, map_with_paths
+from oasis_jax.planning.memory import step_memory, tree_bytes
 from oasis_jax.select import Selection, select
 from oasis_jax.state import OasisTrainState
 from train import report

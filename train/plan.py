@@ -2,7 +2,7 @@
 
 The step is the one that `pretrain` runs. It is compiled for the device from shapes alone;
 nothing is allocated and nothing is run. With a budget, configurations are searched: the
-clock is estimated (`oasis_jax.flops`), memory is what the compiler reports.
+clock is estimated (`oasis_jax.planning.flops`), memory is what the compiler reports.
 """
 
 import importlib.metadata
@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from oasis_jax import memory, targets
 from oasis_jax.compat import without_accelerators
-from oasis_jax.flops import train_work
 from oasis_jax.methods import row
 from oasis_jax.models import llama
 from oasis_jax.models.blocks import REMAT
+from oasis_jax.planning import memory, targets
+from oasis_jax.planning.flops import train_work
 from train import report
 from train.config import METHOD_OPTIONS, Plan, Pretrain, Training, UserError
 from train.loop import Setup, train_step
@@ -129,7 +129,7 @@ def versions() -> dict[str, str | None]:
 
 
 def step_seconds(config: Plan, setup: Setup) -> float:
-    """An estimate, by `oasis_jax.flops`."""
+    """An estimate, by `oasis_jax.planning.flops`."""
     work = train_work(
         setup.model.config,
         config.recipe().rules,

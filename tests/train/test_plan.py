@@ -8,8 +8,8 @@ from dataclasses import replace
 import jax
 import pytest
 
-from oasis_jax.memory import compiled_bytes, tree_bytes
 from oasis_jax.models.blocks import REMAT
+from oasis_jax.planning.memory import compiled_bytes, tree_bytes
 from train.__main__ import main
 from train.config import Plan, Pretrain, UserError
 from train.loop import train_step

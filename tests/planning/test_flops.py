@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from oasis_jax import OasisTrainState
-from oasis_jax.flops import EXACT, Work, llama_inputs, train_work
 from oasis_jax.methods import method
 from oasis_jax.models import llama
 from oasis_jax.models.blocks import REMAT
+from oasis_jax.planning.flops import EXACT, Work, llama_inputs, train_work
+from oasis_jax.planning.targets import TARGETS
 from oasis_jax.select import Rule
-from oasis_jax.targets import TARGETS
 
 SHAPE = llama.LlamaConfig(64, 128, 344, 1, 4, 2)
 BATCH, SEQ = 16, 32

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from oasis_jax import memory, targets
-from oasis_jax.memory import Plan, PlanError, compiled_bytes, plan
-from oasis_jax.targets import TARGETS, TargetError, find
+from oasis_jax.planning import memory, targets
+from oasis_jax.planning.memory import Plan, PlanError, compiled_bytes, plan
+from oasis_jax.planning.targets import TARGETS, TargetError, find
 
 WEIGHTS = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 

@@ -6,9 +6,14 @@ import optax
 import pytest
 
 from oasis_jax import OasisTrainState, oasis_adam
-from oasis_jax.memory import compiled_bytes, saved_activations, step_memory, tree_bytes
 from oasis_jax.methods import method
 from oasis_jax.models import llama
+from oasis_jax.planning.memory import (
+    compiled_bytes,
+    saved_activations,
+    step_memory,
+    tree_bytes,
+)
 from oasis_jax.subspace import bases, probe
 
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from oasis_jax import subspace as sub
-from oasis_jax import targets
 from oasis_jax.compat import lowering_for, saved_residuals
+from oasis_jax.planning import targets
 from oasis_jax.state import OasisTrainState
 
 
@@ -92,7 +92,7 @@ def plan(
       step: Any function of arrays. One that is jitted already keeps its own donations.
       shapes: Its arguments: trees of `ShapeDtypeStruct`s, or of arrays, of which only
         shape and dtype matter.
-      target: The device: a key of `oasis_jax.targets.TARGETS`, or a TPU's slice.
+      target: The device: a key of `oasis_jax.planning.targets.TARGETS`, or a TPU's slice.
       donate: Which arguments may be overwritten.
       name: What errors call the step.
 

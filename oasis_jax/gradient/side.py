@@ -26,7 +26,7 @@ import optax
 from jax import Array
 
 from oasis_jax.bases import motion
-from oasis_jax.gradient_rules import (
+from oasis_jax.gradient.rules import (
     BasisRule,
     ByPath,
     OnlinePca,

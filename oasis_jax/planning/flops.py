@@ -41,8 +41,8 @@ from typing import Any
 import numpy as np
 
 from oasis_jax.lora import Lora
+from oasis_jax.planning.targets import Target
 from oasis_jax.select import Rule
-from oasis_jax.targets import Target
 from oasis_jax.trackers import Complement, Oja
 
 EFFICIENCY = 0.5
@@ -73,7 +73,7 @@ class Work:
         """An estimate of the step's time: of arithmetic or of memory, whichever is more.
 
         Example:
-          >>> from oasis_jax.targets import find
+          >>> from oasis_jax.planning.targets import find
           >>> round(Work(1e12, 0, 1e9).seconds(find("cpu")), 3)
           2.0
         """

@@ -15,8 +15,8 @@ import optax
 import optax.contrib
 import pytest
 
-from oasis_jax.gradient_rules import OnlinePca, PowerIteration, Svd, projection_error
-from oasis_jax.gradient_side import galore, ldadam, osd, project_gradients
+from oasis_jax.gradient.rules import OnlinePca, PowerIteration, Svd, projection_error
+from oasis_jax.gradient.side import galore, ldadam, osd, project_gradients
 from oasis_jax.leaves import unstacked
 
 METHODS = {

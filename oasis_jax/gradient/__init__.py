@@ -1,0 +1,1 @@
+"""Methods whose basis follows the gradient, after the fact: for any model."""

@@ -1,0 +1,1 @@
+"""What a step needs in memory and time, for a device that need not be there."""
