@@ -9,7 +9,7 @@ from oasis_jax.methods import METHODS, method
 from oasis_jax.optimizer import oasis_adam, scale_by_oasis_adam
 from oasis_jax.select import Rule, select
 from oasis_jax.state import Diagnostics, Gradients, OasisTrainState
-from oasis_jax.subspace import COLLECTION, Projection
+from oasis_jax.subspace import COLLECTION, Declaration, Place, Probe, Projection
 from oasis_jax.trackers import (
     BlockMean,
     Complement,
@@ -26,12 +26,15 @@ __all__ = [
     "METHODS",
     "BlockMean",
     "Complement",
+    "Declaration",
     "Diagnostics",
     "Fixed",
     "Gradients",
     "Lora",
     "OasisTrainState",
     "Oja",
+    "Place",
+    "Probe",
     "Projection",
     "Random",
     "Rule",

@@ -7,8 +7,9 @@ This is the only module that knows Orbax. A checkpoint is the directory `<step>/
     data/   the position of the Grain iterator, one file per process (optional)
 
 The state is stored flat because Orbax gives custom nodes back as plain dicts; the
-caller's tree supplies the structure again. The index lets a restore tell a checkpoint
-of another model (an error) from a damaged one (fall back to the one before).
+caller's tree supplies the structure again, and where a leaf was called otherwise once
+(`former_paths`, as `OasisTrainState` has) that name too. The index lets a restore tell
+a checkpoint of another model (an error) from a damaged one (fall back to the one before).
 """
 
 import itertools
@@ -154,8 +155,9 @@ class Checkpoints:
 
         Args:
           like: The target: arrays or `jax.ShapeDtypeStruct`. Decides the structure,
-            static fields and shardings of the result. Leaves without a sharding, and
-            uncommitted arrays, come back uncommitted on the default device.
+            static fields and shardings of the result; its method `former_paths`, if it
+            has one, says what older checkpoints call its leaves. Leaves without a
+            sharding, and uncommitted arrays, come back uncommitted on the default device.
           data: Grain iterator to move to the saved position. Untouched on failure.
 
         Returns:
@@ -175,6 +177,9 @@ class Checkpoints:
             except Exception as error:
                 reasons.append(_warn(directory, error))
                 continue
+            stored = _stored_paths(saved, like)
+            now = {then: path for path, then in stored.items()}
+            saved = {now.get(path, path): what for path, what in saved.items()}
             _check_same_leaves(directory, saved, like)
             if data is not None and not has_data:
                 raise CheckpointError(
@@ -182,7 +187,7 @@ class Checkpoints:
                     "in the data is unknown; restore without data= to start it afresh"
                 )
             try:
-                state = self._restore_state(step, like)
+                state = self._restore_state(step, like, stored)
                 if data is not None:
                     self._restore_data(step, data)
             except Exception as error:
@@ -198,15 +203,17 @@ class Checkpoints:
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["about"]
 
-    def _restore_state(self, step: int, like: PyTree) -> PyTree:
+    def _restore_state(
+        self, step: int, like: PyTree, stored: Mapping[str, str]
+    ) -> PyTree:
         leaves = _flatten(like)
-        targets = {path: _target(leaf) for path, leaf in leaves.items()}
-        stored = {path: leaf for path, leaf in targets.items() if np.size(leaf)}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
+        targets = {stored[path]: _target(leaf) for path, leaf in leaves.items()}
+        wanted = {path: leaf for path, leaf in targets.items() if np.size(leaf)}
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         values = targets | self._manager.restore(step, args=items)["state"]
         return jax.tree.unflatten(
             jax.tree.structure(like),
-            [_place(values[path], leaf) for path, leaf in leaves.items()],
+            [_place(values[stored[path]], leaf) for path, leaf in leaves.items()],
         )
 
     def _restore_data(self, step: int, data: Any) -> None:
@@ -254,6 +261,15 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
     if len(leaves) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the state have the same path; rename one")
     return leaves
+
+
+def _stored_paths(saved: Mapping[str, str], like: PyTree) -> dict[str, str]:
+    """Under which path a checkpoint has each leaf of `like`: its own, or a former one."""
+    former = like.former_paths() if hasattr(like, "former_paths") else {}
+    return {
+        path: path if path in saved else former.get(path, path)
+        for path in _flatten(like)
+    }
 
 
 def _describe(leaf: Any) -> str:

@@ -5,7 +5,7 @@ nothing about ranks: `select` decides. Without a subspace (inference, evaluation
 optimizer) it is `nn.Dense`, with the same parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,35 +14,37 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array
 
-from oasis_jax.subspace import COLLECTION, Projection
+from oasis_jax.subspace import COLLECTION, Declaration, Place, Probe, Site
 
 _SITE = "projection"
 _kernel_init = nn.initializers.lecun_normal()
 _bias_init = nn.initializers.zeros_init()
 
 
-def _place(module: nn.Module, site: str, **declared: Any) -> Projection:
-    """Declares a place when initialising; what stands there now."""
+def _site(module: nn.Module, name: str, declare: Callable[[], Declaration]) -> Site:
+    """Declares an input when initialising; what stands there now."""
     if module.is_initializing():
-        module.variable(COLLECTION, site, lambda: Projection(**declared))
-    if module.has_variable(COLLECTION, site):
-        return module.get_variable(COLLECTION, site)
-    return Projection()
+        module.variable(COLLECTION, name, declare)
+    if module.has_variable(COLLECTION, name):
+        return module.get_variable(COLLECTION, name)
+    return Declaration()
 
 
-def input_projection(module: nn.Module, site: str, features: int) -> Projection:
-    """Declares the input of a norm or an activation function; what stands there now.
-
-    Where it is `active`, apply a function of `oasis_jax.nonlinear` with its `basis`,
-    `energy` and `stride`; where not, the plain one.
+def input_projection(module: nn.Module, site: str, features: int) -> Probe | None:
+    """Declares the input of a norm or an activation function.
 
     Args:
       module: The calling module, in a compact method.
       site: Name of the input, such as 'input'.
       features: Of the input.
+
+    Returns:
+      Where the input is projected, the `Probe`: apply a function of
+      `oasis_jax.nonlinear` with its `basis`, `energy` and `stride`. Where it is not, or
+      nothing is differentiated, None: apply the plain function.
     """
-    # The energy tells how many axes a scan puts in front.
-    return _place(module, site, features=features, energy=jnp.zeros(()))
+    standing = _site(module, site, lambda: Declaration(token=jnp.zeros(features)))
+    return standing if isinstance(standing, Probe) else None
 
 
 def _project(
@@ -55,8 +57,8 @@ def _project(
     mask: Array | None,
 ) -> tuple[Array, ...]:
     """Applies the weights, keyed by kernel path relative to `module`, to one input."""
-    projection = _place(module, site, kernels=tuple(weights))
-    if mask is not None and projection.basis is not None:
+    projection = _site(module, site, lambda: Declaration(Place(tuple(weights))))
+    if mask is not None and projection.active:
         x = jnp.where(mask[..., None], x, 0)
     arrays = [a for pair in weights.values() for a in pair if a is not None]
     dtype = canonicalize_dtype(x, *arrays, dtype=dtype)
@@ -156,11 +158,11 @@ class DenseWeights(nn.Module):
     kernel_init: Initializer = _kernel_init
 
     @nn.compact
-    def __call__(self, n_in: int) -> tuple[Array, Projection]:
+    def __call__(self, n_in: int) -> tuple[Array, Site]:
         """The kernel, (n_in, features), and what stands in its place."""
         shape = (n_in, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        return kernel, _place(self, _SITE, kernels=("kernel",))
+        return kernel, _site(self, _SITE, lambda: Declaration(Place(("kernel",))))
 
 
 def shared_dense(

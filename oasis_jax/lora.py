@@ -15,32 +15,41 @@ import jax.numpy as jnp
 from jax import Array
 
 from oasis_jax.dense import dense
+from oasis_jax.subspace import Place, Site
 from oasis_jax.trackers import Tracker
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Site):
     """The adapters of kernels that share an input.
 
     Attributes:
-      kernels: Their paths, relative to the module.
-      scale: s = alpha / r.
+      place: The kernels; its tracker is the `Lora` that made this.
       a: One (..., n_in, r) float32 per kernel.
       b: One (..., r, n_out) float32 per kernel, zero at first.
     """
 
-    kernels: tuple[str, ...] = field(metadata={"static": True})
-    scale: float = field(metadata={"static": True})
+    place: Place = field(metadata={"static": True})
     a: tuple[Array, ...]
     b: tuple[Array, ...]
 
-    # It has no basis and no slots that come and go.
-    basis: ClassVar[None] = None
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        assert isinstance(self.place.tracker, Lora)
+        return self.place.tracker.scale(self.a[0].shape[-1])
+
+    @classmethod
+    def of(cls, place: Place, leaves: Sequence[Mapping[str, Array]]) -> "Adapter":
+        """The adapters of a place, from `{"a": A, "b": B}` for each kernel."""
+        a, b = (tuple(leaf[half] for leaf in leaves) for half in ("a", "b"))
+        return cls(place, a, b)
 
     @property
-    def slots(self) -> tuple[Array, ...]:
-        return self.b
+    def leaves(self) -> tuple[dict[str, Array], ...]:
+        """`{"a": A, "b": B}` for each kernel: what an optimizer moves."""
+        return tuple({"a": a, "b": b} for a, b in zip(self.a, self.b, strict=True))
 
     def __call__(
         self, x: Array, kernels: Mapping[str, Array], precision=None
@@ -89,20 +98,19 @@ class Lora(Tracker):
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"lora: alpha is {self.alpha}, expected a positive number")
 
+    def scale(self, rank: int) -> float:
+        """s of that rank."""
+        return 1.0 if self.alpha is None else self.alpha / rank
+
     def adapter(
-        self,
-        key: Array,
-        kernels: Sequence[str],
-        shapes: Sequence[tuple[int, ...]],
-        rank: int,
+        self, key: Array, place: Place, shapes: Sequence[tuple[int, ...]], rank: int
     ) -> Adapter:
-        """Adapters for kernels of those shapes, (..., n_in, n_out)."""
-        keys = jax.random.split(key, len(kernels))
+        """Adapters for the place's kernels, of those shapes, (..., n_in, n_out)."""
+        keys = jax.random.split(key, len(shapes))
         a, b = [], []
-        for own_key, (*batch, n_in, n_out) in zip(keys, shapes, strict=True):
+        for kernel_key, (*batch, n_in, n_out) in zip(keys, shapes, strict=True):
             bound = 1 / math.sqrt(n_in)
             shape = (*batch, n_in, rank)
-            a.append(jax.random.uniform(own_key, shape, jnp.float32, -bound, bound))
+            a.append(jax.random.uniform(kernel_key, shape, jnp.float32, -bound, bound))
             b.append(jnp.zeros((*batch, rank, n_out), jnp.float32))
-        alpha = rank if self.alpha is None else self.alpha
-        return Adapter(tuple(kernels), alpha / rank, tuple(a), tuple(b))
+        return Adapter(place, tuple(a), tuple(b))

@@ -20,7 +20,7 @@ from jax import Array, lax
 from oasis_jax.chunks import Chunks, chunks
 from oasis_jax.dense import dense, observe, project
 from oasis_jax.lora import Adapter
-from oasis_jax.subspace import Projection
+from oasis_jax.subspace import Probe, Site
 
 
 class _Options(NamedTuple):
@@ -38,7 +38,7 @@ def chunked_cross_entropy(
     targets: Array,
     weights: Array,
     *,
-    projection: Projection | Adapter | None = None,
+    projection: Site | None = None,
     chunk: int = 2048,
     transposed: bool = False,
     precision: lax.PrecisionLike = None,
@@ -64,8 +64,8 @@ def chunked_cross_entropy(
       kernel: W, (n, V), any float dtype; cast to that of x.
       targets: (...) int32 in [0, V); where the weight is zero, anything.
       weights: (...) float32.
-      projection: The kernel's place. Without a basis or slots it changes nothing; an
-        adapter is applied, at the price of a copy of the kernel.
+      projection: What stands in the kernel's place. Of a `Probe` the input is projected;
+        an adapter is applied, at the price of a copy of the kernel; else nothing changes.
       chunk: Tokens at a time, at most. It need not divide their number.
       transposed: Whether kernel is W^T, (V, n), as an embedding is.
       precision: As in `jax.lax.dot_general`.
@@ -89,15 +89,13 @@ def chunked_cross_entropy(
     """
     if isinstance(projection, Adapter):
         x, kernel = _adapt(projection, x, kernel, transposed, precision)
-        projection = None
     _check(x, kernel, targets, weights, chunk, transposed)
     slot = basis = energy = None
     stride = 1
-    if projection is not None and projection.active:
-        _check_place(projection, x, kernel, transposed)
+    if isinstance(projection, Probe):
+        _check_probe(projection, x, kernel, transposed)
         stride, basis = projection.stride, projection.basis_of(0)
         (slot,), energy = projection.slots, projection.energy
-        energy = jnp.zeros((), jnp.float32) if energy is None else energy
     options = _Options(chunk, transposed, stride, precision)
     return _loss(options, x, kernel, targets, weights, slot, basis, energy)
 
@@ -122,7 +120,7 @@ def _check(x, kernel, targets, weights, chunk, transposed) -> None:
             )
 
 
-def _check_place(projection: Projection, x, kernel, transposed) -> None:
+def _check_probe(projection: Probe, x, kernel, transposed) -> None:
     if len(projection.slots) != 1:
         raise ValueError(
             "chunked_cross_entropy: projection is that of"

@@ -24,11 +24,11 @@ from jax import Array, lax
 
 from oasis_jax.select import DEFAULT_RULES, Rule, Selection
 from oasis_jax.state import Diagnostics, Gradients, OasisTrainState
-from oasis_jax.subspace import COLLECTION, Projection
+from oasis_jax.subspace import COLLECTION, Declaration, Place
 
 
 class Subspace(nnx.Variable):
-    """Holds a layer's `Projection`: declared at first, with a basis once selected."""
+    """Holds what stands for a layer's input: declared at first, a basis once selected."""
 
 
 class OasisLinear(nnx.Linear):
@@ -45,12 +45,12 @@ class OasisLinear(nnx.Linear):
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
         kernels = ("kernel",) if self.dot_general is lax.dot_general else ()
-        self.projection = Subspace(Projection(kernels=kernels))
+        self.projection = Subspace(Declaration(Place(kernels)))
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Maps (..., in_features) to (..., out_features)."""
         projection = self.projection.get_value()
-        if projection.slots is None:
+        if not projection.active:
             return super().__call__(inputs, out_sharding)
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
@@ -105,8 +105,7 @@ class OasisOptimizer(nnx.Optimizer):
         )
         self.wrt = wrt
         self.tx = state.tx
-        # What the state holds beyond the model.
-        self.state = nnx.Variable(replace(state, params=None, subspace=None))
+        self.state = nnx.Variable(_without_variables(state))
         _put(model, Subspace, state.subspace)
 
     @property
@@ -185,17 +184,20 @@ class OasisOptimizer(nnx.Optimizer):
         state = self._whole(model).apply_gradients(grads)
         _put(model, self.wrt, state.params)
         _put(model, Subspace, state.subspace)
-        self.state.set_value(replace(state, params=None, subspace=None))
+        self.state.set_value(_without_variables(state))
 
     def _split(self, model: nnx.Module) -> Any:
         return nnx.split(model, self.wrt, Subspace, ...)
 
     def _whole(self, model: nnx.Module) -> OasisTrainState:
-        return replace(
-            self.state.get_value(),
-            params=_pure(model, self.wrt),
-            subspace=_pure(model, Subspace),
+        return self.state.get_value().with_variables(
+            _pure(model, self.wrt), _pure(model, Subspace)
         )
+
+
+def _without_variables(state: OasisTrainState) -> OasisTrainState:
+    """What the state holds beyond the model."""
+    return replace(state, trained=None, frozen={}, bases={})
 
 
 def _no_apply(*args: Any, **kwargs: Any):

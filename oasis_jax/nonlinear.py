@@ -9,9 +9,8 @@ makes X~ an unbiased estimate of X.
 As in `oasis_jax.dense`, the gradient is the messenger: the cotangent of the basis is
 `S = X^T Z / N`, that of the scalar `energy` is `|X|^2 / N`, both additive.
 
-All that is kept has a name, `residuals.COEFFICIENTS` or `OBSERVED`. Inside
-`jax.checkpoint`, which otherwise keeps the input in order to recompute from it,
-`residuals.policy` with these names keeps this alone.
+All that is kept has a name, `residuals.COEFFICIENTS` or `OBSERVED`, so that inside
+`jax.checkpoint` `residuals.policy` keeps this alone.
 """
 
 from collections.abc import Callable
@@ -148,8 +147,7 @@ def compressed_rms_norm(
         x     <- i (g - h mean(g h))        (..., n)
         scale <- sum over tokens of dy h    (n,)
 
-    and for `basis` and `energy` what `compressed` gives. `i` is that of the true input,
-    so the first term of `dx` is exact, and `dscale` is linear in the rebuilt input.
+    and for `basis` and `energy` what `compressed` gives. `i` is that of the true input.
 
     Args:
       x: Input, (..., n); its leading axes are the N tokens.
@@ -198,8 +196,7 @@ def compressed_layer_norm(
         bias  <- sum over tokens of dy            (n,)  exact
 
     and for `basis` and `energy` what `compressed` gives. `m` and `i` are those of the
-    true input; `h` is therefore centred only as far as the basis holds the mean, and
-    `dx` sums to zero over a token's features only as far as that.
+    true input, so `h` is centred only as far as the basis holds the mean.
 
     Args:
       x: Input, (..., n); its leading axes are the N tokens.

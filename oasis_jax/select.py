@@ -3,21 +3,23 @@
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from oasis_jax.lora import Lora
-from oasis_jax.paths import flatten_paths, map_with_paths, path_hash
+from oasis_jax.layout import Layout, kernel_paths
+from oasis_jax.lora import Adapter, Lora
+from oasis_jax.paths import Outline, flatten_paths, path_hash
 from oasis_jax.subspace import (
     COORDINATES,
     FULL_SIZE,
+    Place,
     Projection,
-    is_projection,
-    kernel_paths,
+    Site,
+    is_site,
 )
 from oasis_jax.trackers import TRACKERS, Tracker
 
@@ -105,46 +107,90 @@ DEFAULT_RULES = (Rule(".*", rank=0.25),)
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A kernel, or an input of a norm or an activation function, that a rule may choose.
+
+    Attributes:
+      path: Which rules are matched with.
+      name: Of the kernel, as the place has it; empty for an input.
+      shape: Of the kernel, (..., n_in, n_out), or of one token of the input, (..., n_in).
+      match: Position of the first rule that matches.
+      rule: That rule.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    match: int | None
+    rule: Rule | None
+
+    @property
+    def inputs(self) -> bool:
+        """Whether it is an input."""
+        return not self.name
+
+    def basis_shape(self) -> tuple[int, ...] | None:
+        """(..., n_in, r); None where the rule, or its absence, leaves it full.
+
+        Raises:
+          ValueError: if the tracker has no such basis; names the path and the rule.
+        """
+        *batch, n_in = self.shape if self.inputs else self.shape[:-1]
+        rank = None if self.rule is None else self.rule.columns(n_in)
+        if self.rule is None or rank is None:
+            return None
+        try:
+            _resolved(self.rule.tracker).check(n_in, rank)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path}: rule {self.rule.pattern!r} asks for {error}"
+            ) from None
+        return (*batch, n_in, rank)
+
+
+@dataclass(frozen=True)
 class Selection:
     """What was decided; `print` it for the report, `init` it for the bases.
 
     Attributes:
-      places: The declared tree, its projected places with their tracker and stride.
-      shapes: Shape of the basis (of LoRA's A) by place.
-      kernels: Shape of the kernels by place.
+      sites: Outline of the declared tree.
+      places: What was decided about each of its sites, in order.
+      shapes: Shape of the basis (of LoRA's A) by site.
+      kernels: Shapes of the kernels by site.
       matches: The kernel paths that each rule decided, in the rules' order.
       unmatched: Kernels that no rule matched; they stay full.
     """
 
-    places: Any
+    sites: Outline
+    places: tuple[Place, ...]
     shapes: dict[str, tuple[int, ...]]
     kernels: dict[str, tuple[tuple[int, ...], ...]]
     matches: tuple[tuple[Rule, tuple[str, ...]], ...]
     unmatched: tuple[str, ...]
 
-    def init(self, key: jax.Array) -> Any:
-        """The subspace: the declared tree with a first basis wherever there is one."""
+    def layout(self, params: Any) -> Layout:
+        """The plan of a state with these parameters."""
+        return Layout(Outline.of(params), self.sites, self.places)
 
-        def fill(path: str, place: Projection) -> Any:
-            if path not in self.shapes:
-                return replace(place, energy=None)
-            shape = self.shapes[path]
-            own_key = jax.random.fold_in(key, path_hash(path))
-            if isinstance(place.tracker, Lora):
-                return place.tracker.adapter(
-                    own_key, place.kernels, self.kernels[path], shape[-1]
-                )
-            gram = None
-            if getattr(place.tracker, "axes", None) == "gradient":
-                gram = jnp.zeros((*shape[:-2], shape[-1], shape[-1]), jnp.float32)
-            return replace(
-                place,
-                basis=place.tracker.init(own_key, shape),
-                gram=gram,
-                energy=None,
+    def init(self, key: jax.Array) -> dict[str, Projection | Adapter]:
+        """First bases, and adapters, by site."""
+        places = dict(zip(self.sites.paths, self.places, strict=True))
+        return {
+            path: self._first(
+                path, places[path], jax.random.fold_in(key, path_hash(path))
             )
+            for path in self.shapes
+        }
 
-        return map_with_paths(fill, self.places, is_leaf=is_projection)
+    def _first(self, path: str, place: Place, key: jax.Array) -> Projection | Adapter:
+        shape, tracker = self.shapes[path], place.tracker
+        assert tracker is not None
+        if isinstance(tracker, Lora):
+            return tracker.adapter(key, place, self.kernels[path], shape[-1])
+        gram = None
+        if getattr(tracker, "axes", None) == "gradient":
+            gram = jnp.zeros((*shape[:-2], shape[-1], shape[-1]), jnp.float32)
+        return Projection(place, tracker.init(key, shape), gram)
 
     def __str__(self) -> str:
         lines = []
@@ -178,106 +224,105 @@ def select(
         given different ranks or trackers.
 
     Example:
+      >>> from oasis_jax import Declaration
       >>> params = {'up': {'kernel': jnp.zeros((8, 32))}}
-      >>> declared = {'up': {'x': Projection(kernels=('kernel',))}}
+      >>> declared = {'up': {'x': Declaration(Place(kernels=('kernel',)))}}
       >>> select(params, declared, [Rule('up', rank=0.5)]).shapes
       {'up/x': (8, 4)}
     """
-    shapes = {path: leaf.shape for path, leaf in flatten_paths(params).items()}
-    matched: dict[int, list[str]] = {i: [] for i in range(len(rules))}
-    unmatched: list[str] = []
-    candidates: dict[bool, list[str]] = {False: [], True: []}  # kernels, inputs
-    basis_shapes: dict[str, tuple[int, ...]] = {}
+    weights = {path: leaf.shape for path, leaf in flatten_paths(params).items()}
+    sites = flatten_paths(declared, is_leaf=is_site)
+    candidates = {
+        path: tuple(_candidates(path, site, weights, rules))
+        for path, site in sites.items()
+    }
+    chosen = {
+        path: tuple((c, shape) for c in own if (shape := c.basis_shape()) is not None)
+        for path, own in candidates.items()
+    }
+    places = tuple(
+        _decided(path, site.place, [c for c, _ in chosen[path]])
+        for path, site in sites.items()
+    )
+    everything = [c for own in candidates.values() for c in own]
+    matches = tuple(
+        (rule, tuple(c.path for c in everything if c.match == position))
+        for position, rule in enumerate(rules)
+    )
+    _check_matches(matches, everything)
+    return Selection(
+        sites=Outline.of(declared, is_leaf=is_site),
+        places=places,
+        shapes={path: own[-1][1] for path, own in chosen.items() if own},
+        kernels={
+            path: tuple(c.shape for c, _ in own if not c.inputs)
+            for path, own in chosen.items()
+            if own
+        },
+        matches=matches,
+        unmatched=tuple(c.path for c in everything if c.rule is None and not c.inputs),
+    )
 
-    kernel_shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
 
-    def rule_for(name: str, inputs: bool) -> Rule | None:
-        """The rule that decides a kernel, or an input, of that path."""
-        candidates[inputs].append(name)
-        for i, rule in enumerate(rules):
-            if rule.inputs == inputs and re.search(rule.pattern, name):
-                matched[i].append(name)
-                return rule
-        if not inputs:
-            unmatched.append(name)
-        return None
+def _candidates(
+    path: str,
+    site: Site,
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Sequence[Rule],
+) -> Iterable[Candidate]:
+    """What is declared at a site, each with the first rule that matches."""
+    for name, kernel in zip(site.kernels, kernel_paths(path, site.place), strict=True):
+        match = _first_match(rules, kernel, inputs=False)
+        yield Candidate(kernel, name, shapes[kernel], *match)
+    token = getattr(site, "token", None)
+    if token is not None:
+        match = _first_match(rules, path, inputs=True)
+        yield Candidate(path, "", token.shape, *match)
 
-    def rank_of(rule: Rule, name: str, n_in: int) -> int | None:
-        rank = rule.columns(n_in)
-        if rank is not None:
-            try:
-                _resolved(rule.tracker).check(n_in, rank)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name}: rule {rule.pattern!r} asks for {error}"
-                ) from None
-        return rank
 
-    def decide(path: str, place: Projection) -> Projection:
-        if place.features:
-            return decide_input(path, place)
-        chosen: dict[str, Rule] = {}
-        kernels = []
-        for name, kernel in zip(place.kernels, kernel_paths(path, place), strict=True):
-            rule = rule_for(kernel, inputs=False)
-            if rule is None:
-                continue
-            *batch, n_in, _ = shapes[kernel]
-            rank = rank_of(rule, kernel, n_in)
-            if rank is None:
-                continue
-            chosen[name] = rule
-            kernels.append(shapes[kernel])
-            basis_shapes[path] = (*batch, n_in, rank)
-        if not chosen:
-            return place
-        first, *others = {replace(rule, pattern="") for rule in chosen.values()}
-        if others:
-            raise ValueError(
-                f"{path}: the kernels {', '.join(chosen)} share one input and so one"
-                f" basis, but rules {[r.pattern for r in chosen.values()]} give them"
-                " different ranks, trackers or strides"
-            )
-        kernel_shapes[path] = tuple(kernels)
-        return replace(
-            place,
-            kernels=tuple(chosen),
-            tracker=_resolved(first.tracker),
-            stride=first.stride,
-            gradient=first.gradient,
+def _first_match(
+    rules: Sequence[Rule], path: str, inputs: bool
+) -> tuple[int | None, Rule | None]:
+    for position, rule in enumerate(rules):
+        if rule.inputs == inputs and re.search(rule.pattern, path):
+            return position, rule
+    return None, None
+
+
+def _decided(path: str, declared: Place, chosen: Sequence[Candidate]) -> Place:
+    """The place with what the rules of its chosen kernels, or its input, say."""
+    if not chosen:
+        return Place(declared.kernels)
+    given = [c.rule for c in chosen if c.rule is not None]
+    first, *others = {replace(rule, pattern="") for rule in given}
+    if others:
+        raise ValueError(
+            f"{path}: the kernels {', '.join(c.name for c in chosen)} share one input and"
+            f" so one basis, but rules {[rule.pattern for rule in given]} give them"
+            " different ranks, trackers or strides"
         )
+    return Place(
+        kernels=tuple(c.name for c in chosen if not c.inputs),
+        tracker=_resolved(first.tracker),
+        stride=first.stride,
+        # There is no kernel whose gradient an optimizer could lift.
+        gradient=FULL_SIZE if first.inputs else first.gradient,
+    )
 
-    def decide_input(path: str, place: Projection) -> Projection:
-        rule = rule_for(path, inputs=True)
-        rank = None if rule is None else rank_of(rule, path, place.features)
-        if rule is None or rank is None:
-            return place
-        basis_shapes[path] = (*place.energy.shape, place.features, rank)
-        return replace(
-            place,
-            tracker=_resolved(rule.tracker),
-            stride=rule.stride,
-            gradient=FULL_SIZE,
-        )
 
-    places = map_with_paths(decide, declared, is_leaf=is_projection)
-    for index, rule in enumerate(rules):
-        if not matched[index] and not any(
-            re.search(rule.pattern, name) for name in candidates[rule.inputs]
-        ):
-            raise ValueError(_nothing(rule, candidates[rule.inputs]))
-        if not matched[index]:
+def _check_matches(
+    matches: Sequence[tuple[Rule, Sequence[str]]], candidates: Sequence[Candidate]
+) -> None:
+    """Every rule must decide something."""
+    for rule, decided in matches:
+        paths = [c.path for c in candidates if c.inputs == rule.inputs]
+        if not decided and not any(re.search(rule.pattern, path) for path in paths):
+            raise ValueError(_nothing(rule, paths))
+        if not decided:
             raise ValueError(
                 f"rule {rule.pattern!r} decides nothing: earlier rules match all that"
                 " it matches"
             )
-    return Selection(
-        places,
-        basis_shapes,
-        kernel_shapes,
-        tuple((rule, tuple(matched[i])) for i, rule in enumerate(rules)),
-        tuple(unmatched),
-    )
 
 
 def _resolved(tracker: Tracker | str) -> Tracker:

@@ -16,10 +16,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from oasis_jax import subspace as sub
-from oasis_jax.lift import is_step, lift
-from oasis_jax.paths import flatten_paths, map_with_paths
+from oasis_jax.advance import advance, due, renew
+from oasis_jax.diagnostics import Diagnostics, captured_energy, moved_share
+from oasis_jax.layout import ADAPTER, Layout
+from oasis_jax.microbatches import accumulate as accumulated
+from oasis_jax.paths import flatten_paths
 from oasis_jax.select import DEFAULT_RULES, Rule, Selection, select
+from oasis_jax.subspace import COORDINATES, Observation, Probe, Projection
+from oasis_jax.updates import applied, as_seen, at_full_size, check_lifted
 
 
 class Gradients(NamedTuple):
@@ -27,47 +31,31 @@ class Gradients(NamedTuple):
 
     Attributes:
       params: Shaped like the parameters, but a projected kernel's leaf is the
-        coordinates of its gradient, (..., r, n_out) float32.
-      observations: Shaped like the subspace; each basis is the energy gradient S.
+        coordinates of its gradient, (..., r, n_out) float32, and an adapted one's the
+        gradients of its adapter, `{"a": dA, "b": dB}`.
+      observations: What was told of the projected inputs, by site.
     """
 
     params: Any
-    observations: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Diagnostics:
-    """What the last step saw, at the price of no extra pass.
-
-    Attributes:
-      captured_energy: |XP|^2 / |X|^2 by projection, (...) float32 each.
-      motion: 1 - |R|_F^2 / r by projection, (...) float32 each.
-      gradient_norm: Global norm of the gradients, projected ones in coordinates.
-      skipped: Updates skipped so far because something was not finite, int32.
-      skipped_in_a_row: How many of them just now, int32.
-    """
-
-    captured_energy: dict[str, Array]
-    motion: dict[str, Array]
-    gradient_norm: Array
-    skipped: Array
-    skipped_in_a_row: Array
+    observations: dict[str, Observation]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OasisTrainState:
-    """Everything that training moves; like Flax's `TrainState`, plus the subspace.
+    """Everything that training moves; like Flax's `TrainState`, plus the bases.
 
     Attributes:
       step: Batches consumed, int32 scalar.
-      params: Exactly the tree of the same model built with plain layers.
-      subspace: The bases; empty where nothing is projected.
+      trained: What the optimizer moves: the tree of the parameters, in which an adapted
+        kernel is its adapter, `{"a": A, "b": B}`.
+      frozen: The kernels behind adapters, by path.
+      bases: The bases, by site; empty where nothing is projected.
       opt_state: The optimizer's.
       diagnostics: Of the last step.
       seed: Of the trackers' randomness, uint32 scalar.
       apply_fn, tx: Static.
+      layout: Static: how these trees hang together.
 
     Example:
       >>> import flax.linen as nn
@@ -87,13 +75,15 @@ class OasisTrainState:
     """
 
     step: Array
-    params: Any
-    subspace: Any
+    trained: Any
+    frozen: dict[str, Array]
+    bases: dict[str, Projection]
     opt_state: Any
     diagnostics: Diagnostics
     seed: Array
     apply_fn: Callable = field(metadata={"static": True})
     tx: optax.GradientTransformationExtraArgs = field(metadata={"static": True})
+    layout: Layout = field(metadata={"static": True})
 
     @classmethod
     def create(
@@ -125,27 +115,75 @@ class OasisTrainState:
         """
         if not isinstance(rules, Selection):
             rules = select(params, {} if subspace is None else subspace, rules)
-        subspace = rules.init(jax.random.key(seed))
+        layout = rules.layout(params)
+        sites = rules.init(jax.random.key(seed))
+        trained, frozen, bases = layout.part(params, sites)
         tx = optax.with_extra_args_support(tx)
-        state = cls(
+        seen = as_seen(layout, trained, bases)
+        opt_state = tx.init(seen)
+        check_lifted(layout, tx, seen, opt_state, trained, bases)
+        return cls(
             step=jnp.zeros((), jnp.int32),
-            params=params,
-            subspace=subspace,
-            opt_state=tx.init(_optimized(params, sub.probe(subspace, params))),
-            diagnostics=Diagnostics(
-                captured_energy=_zeros(sub.watched(subspace)),
-                # Not the same arrays: all are donated.
-                motion=_zeros(sub.projections(subspace), sub.COORDINATES),
-                gradient_norm=jnp.zeros(()),
-                skipped=jnp.zeros((), jnp.int32),
-                skipped_in_a_row=jnp.zeros((), jnp.int32),
-            ),
+            trained=trained,
+            frozen=frozen,
+            bases=bases,
+            opt_state=opt_state,
+            diagnostics=Diagnostics.first(bases),
             seed=jnp.asarray(seed, jnp.uint32),
             apply_fn=apply_fn,
             tx=tx,
+            layout=layout,
         )
-        state._check_lifted()
-        return state
+
+    # --- The model's view -------------------------------------------------------------
+
+    @property
+    def params(self) -> Any:
+        """Exactly the tree of the same model built with plain layers."""
+        return self.layout.params.join(self._weights | self.frozen)
+
+    @property
+    def subspace(self) -> Any:
+        """The collection `subspace`: bases, and adapters, each in its module's place."""
+        return self.layout.collection(self._weights, self.bases)
+
+    @property
+    def probed(self) -> Any:
+        """The collection `subspace` as a differentiated call carries it."""
+        return self.layout.collection(self._weights, self._probes)
+
+    def with_variables(self, params: Any, subspace: Any) -> "OasisTrainState":
+        """The state with other parameters, bases and adapters.
+
+        Args:
+          params, subspace: Of the shapes of the properties of these names.
+        """
+        sites = self.layout.sites.split(subspace)
+        trained, frozen, bases = self.layout.part(params, sites)
+        return replace(self, trained=trained, frozen=frozen, bases=bases)
+
+    def merged_params(self) -> Any:
+        """The parameters of the plain model: `params`, with LoRA's adapters merged."""
+        weights = self._weights
+        adapters = self.layout.adapters(weights)
+        merged = {
+            kernel.path: adapters[kernel.site].merge(
+                kernel.index, self.frozen[kernel.path]
+            )
+            for kernel in self.layout.of_form(ADAPTER)
+        }
+        return self.layout.params.join(weights | merged)
+
+    @property
+    def _weights(self) -> dict[str, Any]:
+        """What the optimizer moves, by path."""
+        return self.layout.params.split(self.trained)
+
+    @property
+    def _probes(self) -> dict[str, Probe]:
+        return self.layout.probes(self.bases, self._weights)
+
+    # --- One step ---------------------------------------------------------------------
 
     def value_and_grad(
         self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
@@ -170,33 +208,26 @@ class OasisTrainState:
         """
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}, expected at least 1")
-        probe = sub.probe(self.subspace, self.params)
+        layout, weights = self.layout, self._weights
         # Kernels behind a slot or an adapter are closed over, not differentiated: a
         # gradient of theirs would be a dense zero array.
-        stand_ins = sub.gradient_leaves(probe)
-        trainable = map_with_paths(
-            lambda path, leaf: None if path in stand_ins else leaf, self.params
-        )
+        slotted = layout.bases(self.bases)
+        free = {path: leaf for path, leaf in weights.items() if path not in slotted}
 
-        def differentiated(trainable, probe, *args):
-            params = jax.tree.map(
-                lambda leaf, kernel: kernel if leaf is None else leaf,
-                trainable,
-                self.params,
-                is_leaf=lambda leaf: leaf is None,
-            )
-            return loss_fn({"params": params, sub.COLLECTION: probe}, *args)
+        def differentiated(free, probes, *args):
+            variables = layout.variables(weights | free, self.frozen, probes)
+            return loss_fn(variables, *args)
 
         grad_fn = jax.value_and_grad(differentiated, argnums=(0, 1), has_aux=has_aux)
 
         def once(*args):
-            value, (grads, observations) = grad_fn(trainable, probe, *args)
-            params = _replace_leaves(grads, sub.gradient_leaves(observations))
+            value, (grads, seen) = grad_fn(free, self._probes, *args)
+            coordinates = {path: probe.coordinates for path, probe in seen.items()}
+            params = layout.params.join(grads | layout.by_kernel(coordinates))
+            observations = {path: probe.observation for path, probe in seen.items()}
             return value, Gradients(params, observations)
 
-        if accumulate == 1:
-            return once
-        return lambda *args: _accumulate(once, args, accumulate, has_aux)
+        return lambda *args: accumulated(once, args, accumulate, has_aux)
 
     def apply_gradients(self, grads: Gradients) -> "OasisTrainState":
         """One optimizer step, then one move of the bases.
@@ -213,40 +244,44 @@ class OasisTrainState:
                 "projected kernels need the Gradients of this package's own"
                 f" value_and_grad, not {type(grads).__name__}"
             )
-        key = jax.random.fold_in(jax.random.key(self.seed), self.step)
-        subspace, motions = sub.advance(
-            self.subspace, grads.observations, self.step, key
+        layout, lifts = self.layout, self.layout.bases(self.bases, COORDINATES)
+        # The tracker first, for the moments want to know how P will have moved; all
+        # else is done with the P that the gradient was taken with.
+        bases, motions = advance(
+            self.bases,
+            grads.observations,
+            layout.by_site(layout.params.split(grads.params)),
+            self.step,
+            self._key,
         )
-        trained = _trained(self.params, self.subspace)
-        bases = sub.bases(self.subspace, sub.COORDINATES)
         updates, opt_state = self.tx.update(
-            _lifted(grads.params, self.subspace),
+            at_full_size(layout, grads.params, self.bases),
             self.opt_state,
-            trained,
-            basis=bases,
-            motion=sub.by_kernel(self.subspace, motions),
+            self.trained,
+            basis=lifts,
+            motion=layout.by_kernel(motions),
         )
-        finite = _all_finite((grads, subspace))
-        trained = _applied(trained, updates, bases, finite)
-        opt_state = _choose(finite, opt_state, self.opt_state)
-        subspace = _choose(finite, subspace, self.subspace)
-        params, subspace = _put_back(trained, self.params, subspace)
-        before = self.diagnostics
-        skip = jnp.where(finite, 0, 1)
+        finite = _all_finite((grads, bases))
         return replace(
             self,
             step=self.step + 1,
-            params=params,
-            subspace=subspace,
-            opt_state=opt_state,
-            diagnostics=Diagnostics(
-                captured_energy=sub.captured_energy(self.subspace, grads.observations),
-                motion=sub.moved_share(motions),
+            trained=applied(layout, self.trained, updates, lifts, finite),
+            bases=_choose(finite, bases, self.bases),
+            opt_state=_choose(finite, opt_state, self.opt_state),
+            diagnostics=self.diagnostics.after(
+                finite,
+                captured_energy=captured_energy(self.bases, grads.observations),
+                motion=moved_share(motions),
                 gradient_norm=optax.tree.norm(_wide(grads.params)),
-                skipped=before.skipped + skip,
-                skipped_in_a_row=jnp.where(finite, 0, before.skipped_in_a_row + 1),
             ),
         )
+
+    @property
+    def _key(self) -> Array:
+        """Of this step's randomness."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.step)
+
+    # --- From a whole batch -----------------------------------------------------------
 
     def warm_start(
         self, loss_fn: Callable, *args: Any, iterations: int = 4, accumulate: int = 1
@@ -260,11 +295,9 @@ class OasisTrainState:
           loss_fn, args, accumulate: As for `value_and_grad`.
           iterations: How many; each costs a forward pass.
         """
-        places = dict.fromkeys(sub.projections(self.subspace), jnp.asarray(True))
-        return replace(
-            self,
-            subspace=self._renewed(places, iterations, loss_fn, args, accumulate),
-        )
+        every = dict.fromkeys(self.bases, jnp.asarray(True))
+        bases = self._renewed(every, iterations, loss_fn, args, accumulate)
+        return replace(self, bases=bases)
 
     def refresh(
         self, loss_fn: Callable, *args: Any, accumulate: int = 1
@@ -281,193 +314,63 @@ class OasisTrainState:
         Args:
           loss_fn, args, accumulate: As for `value_and_grad`.
         """
-        due = sub.due(self.subspace, self.step)
-        if not due:
+        which = due(self.bases, self.step)
+        if not which:
             return self
-        places = sub.projections(self.subspace)
-        passes = max(places[path].tracker.passes for path in due)
-        subspace = jax.lax.cond(
-            jnp.any(jnp.stack(list(due.values()))),
-            lambda: self._renewed(due, passes, loss_fn, args, accumulate),
-            lambda: self.subspace,
+        passes = max(self.bases[path].tracker.passes for path in which)
+        bases = jax.lax.cond(
+            jnp.any(jnp.stack(list(which.values()))),
+            lambda: self._renewed(which, passes, loss_fn, args, accumulate),
+            lambda: self.bases,
         )
-        return replace(self, subspace=subspace)
+        return replace(self, bases=bases)
 
     def _renewed(self, which, passes: int, loss_fn: Callable, args, accumulate: int):
-        """The subspace after `passes` renewals of the places in `which`."""
-        probe = sub.probe(self.subspace, self.params)
-        key = jax.random.fold_in(jax.random.key(self.seed), self.step)
+        """The bases after `passes` renewals of those in `which`."""
+        layout, weights, probes = self.layout, self._weights, self._probes
 
-        def once(subspace):
+        def loss(probes, *args):
+            value = loss_fn(layout.variables(weights, self.frozen, probes), *args)
+            return value[0] if isinstance(value, tuple) else value
+
+        def iterate(i, bases):
+            here = {p: replace(probes[p], basis=b.basis) for p, b in bases.items()}
+            # Where no basis is turned towards the coordinates they are left out. What
+            # stays then comes of the forward pass alone, so that the compiler drops the
+            # backward.
+            turned = [path for path, p in bases.items() if p.gram is not None]
+
             def observe(*micro):
-                seen = jax.grad(
-                    lambda seen: _value(
-                        loss_fn({"params": self.params, sub.COLLECTION: seen}, *micro)
-                    )
-                )(map_bases(subspace, probe))
-                return None, sub.forward_observations(subspace, seen)
+                seen = jax.grad(loss)(here, *micro)
+                observations = {path: probe.observation for path, probe in seen.items()}
+                return None, (observations, {p: seen[p].coordinates for p in turned})
 
-            if accumulate == 1:
-                return observe(*args)[1]
-            return _accumulate(observe, args, accumulate, False)[1]
+            _, seen = accumulated(observe, args, accumulate)
+            observations, coordinates = seen
+            key = jax.random.fold_in(self._key, i)
+            new = renew(bases, observations, coordinates, key, which)
+            return _choose(_all_finite((seen, new)), new, bases)
 
-        def iterate(i, subspace):
-            observations = once(subspace)
-            own_key = jax.random.fold_in(key, i)
-            new = sub.renew(subspace, observations, own_key, which)
-            return _choose(_all_finite((observations, new)), new, subspace)
+        return jax.lax.fori_loop(0, passes, iterate, self.bases)
 
-        return jax.lax.fori_loop(0, passes, iterate, self.subspace)
+    # --- Checkpoints ------------------------------------------------------------------
 
-    def merged_params(self) -> Any:
-        """The parameters of the plain model: `params`, with LoRA's adapters merged."""
-        merged = {
-            kernel: (adapter, i)
-            for path, adapter in sub.adapters(self.subspace).items()
-            for i, kernel in enumerate(sub.kernel_paths(path, adapter))
+    def former_paths(self) -> dict[str, str]:
+        """What older checkpoints call this state's leaves, by their paths now.
+
+        `Checkpoints.restore` asks for it. They had the parameters and the model's
+        collection, adapters included, where there are `trained`, `frozen` and `bases`.
+        """
+        then = {
+            f"trained/{path}": f"params/{path}" for path in self.layout.params.paths
         }
-
-        def merge(path: str, leaf: Array) -> Array:
-            if path not in merged:
-                return leaf
-            adapter, i = merged[path]
-            return adapter.merge(i, leaf)
-
-        return map_with_paths(merge, self.params)
-
-    def _check_lifted(self) -> None:
-        """Finds an optimizer that does not lift now, not at the first step."""
-        probe = sub.probe(self.subspace, self.params)
-        trained = _trained(self.params, self.subspace)
-        seen = _optimized(self.params, probe)
-        wanted = {path: leaf.shape for path, leaf in flatten_paths(trained).items()}
-        try:
-            updates, _ = jax.eval_shape(
-                lambda g, s, p, b: self.tx.update(g, s, p, basis=b),
-                seen,
-                self.opt_state,
-                trained,
-                sub.bases(self.subspace, sub.COORDINATES),
-            )
-        except TypeError:  # it added, say, a decayed weight to a projected gradient
-            updates = seen
-        for path, update in flatten_paths(updates, is_leaf=is_step).items():
-            if not is_step(update) and update.shape != wanted[path]:
-                raise ValueError(
-                    f"{path}: the optimizer leaves its projected gradient of shape"
-                    f" {update.shape} unlifted, for a parameter of shape {wanted[path]};"
-                    " use oasis_adam, or a rule with gradient='full', or pass rules=()"
-                    " to project nothing"
-                )
-
-
-def map_bases(subspace: Any, probe: Any) -> Any:
-    """The probe with the subspace's bases."""
-    return sub.map_projections(
-        lambda _, p, zeros: replace(zeros, basis=p.basis), subspace, probe
-    )
-
-
-def _zeros(places: dict[str, Any], gradient: str | None = None) -> dict[str, Array]:
-    return {
-        path: jnp.zeros(p.basis.shape[:-2])
-        for path, p in places.items()
-        if gradient in (None, p.gradient)
-    }
-
-
-def _replace_leaves(params: Any, leaves: dict[str, Any]) -> Any:
-    """The tree of `params` with the leaves at some paths replaced."""
-    return map_with_paths(
-        lambda path, leaf: leaves.get(path, leaf),
-        params,
-        is_leaf=lambda leaf: leaf is None,
-    )
-
-
-def _optimized(params: Any, probe: Any) -> Any:
-    """The tree of what the optimizer moves: parameters, coordinates, adapters.
-
-    Of a kernel whose gradient it sees in coordinates that is the slot; of an adapted one
-    `{"a": A, "b": B}`; else the parameter.
-    """
-    lifted = sub.bases(probe, sub.FULL_SIZE)
-    leaves = sub.gradient_leaves(probe)
-    return _replace_leaves(
-        params, {path: leaf for path, leaf in leaves.items() if path not in lifted}
-    )
-
-
-def _trained(params: Any, subspace: Any) -> Any:
-    """The parameters as the optimizer sees them: adapters in place of their kernels."""
-    return _replace_leaves(params, sub.gradient_leaves(sub.only_adapters(subspace)))
-
-
-def _lifted(grads: Any, subspace: Any) -> Any:
-    """The gradients with P C where the optimizer wants them at full size."""
-    projected = sub.bases(subspace, sub.FULL_SIZE)
-    return map_with_paths(
-        lambda path, leaf: lift(projected[path], leaf) if path in projected else leaf,
-        grads,
-    )
-
-
-def _applied(trained: Any, updates: Any, bases: dict[str, Any], when: Array) -> Any:
-    """The parameters after their updates, or as they were."""
-
-    def leaf(path: str, update: Any, weight: Array) -> Array:
-        if is_step(update):
-            return update.applied(weight, bases[path], when)
-        return jnp.where(when, optax.apply_updates(weight, update), weight)
-
-    return map_with_paths(leaf, updates, trained, is_leaf=is_step)
-
-
-def _put_back(trained: Any, params: Any, subspace: Any) -> tuple[Any, Any]:
-    """Undoes `_trained`: adapters go to the subspace, their kernels stay as they were."""
-    adapted = sub.gradient_leaves(sub.only_adapters(subspace))
-    leaves = {}
-
-    def kernel(path: str, old: Array, new: Any) -> Array:
-        if path not in adapted:
-            return new
-        leaves[path] = new
-        return old
-
-    params = map_with_paths(kernel, params, trained)
-    return params, sub.put_adapters(subspace, leaves)
-
-
-def _accumulate(once: Callable, args: tuple, count: int, has_aux: bool):
-    """Averages `once` over microbatches cut from the leading axis of `args`."""
-    for path, leaf in flatten_paths(args).items():
-        if leaf.shape[0] % count:
-            raise ValueError(
-                f"argument {path} has a batch of {leaf.shape[0]}, which does not divide"
-                f" into {count} microbatches"
-            )
-    cut = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), args)
-    shapes = jax.eval_shape(once, *jax.tree.map(lambda a: a[0], cut))
-    (loss_shape, grad_shapes) = shapes
-    loss_shape = loss_shape[0] if has_aux else loss_shape
-
-    def wide(leaf):
-        return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-
-    def body(total, micro):
-        value, grads = once(*micro)
-        loss, aux = value if has_aux else (value, None)
-        return jax.tree.map(lambda t, g: t + g / count, total, (loss, grads)), aux
-
-    total, aux = jax.lax.scan(body, jax.tree.map(wide, (loss_shape, grad_shapes)), cut)
-    loss, grads = jax.tree.map(
-        lambda t, like: t.astype(like.dtype), total, (loss_shape, grad_shapes)
-    )
-    return ((loss, aux) if has_aux else loss), grads
-
-
-def _value(result: Any) -> Array:
-    return result[0] if isinstance(result, tuple) else result
+        then |= {f"bases/{p}": f"subspace/{p}" for p in flatten_paths(self.bases)}
+        for kernel in self.layout.of_form(ADAPTER):
+            then[f"frozen/{kernel.path}"] = f"params/{kernel.path}"
+            for half in ("a", "b"):
+                now = f"trained/{kernel.path}/{half}"
+                then[now] = f"subspace/{kernel.site}/{half}/{kernel.index}"
+        return then
 
 
 def _wide(tree: Any) -> Any:

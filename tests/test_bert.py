@@ -90,7 +90,7 @@ def test_no_basis_follows_padding():
     scaled = jax.tree.map(lambda a: a * share, padded.observations)
     chex.assert_trees_all_close(padded.params, alone.params, rtol=1e-3, atol=1e-5)
     for path, place in flatten_paths(alone.observations).items():
-        if path.endswith("basis"):
+        if path.endswith("energy_gradient"):
             np.testing.assert_allclose(
                 flatten_paths(scaled)[path], place, rtol=1e-3, atol=1e-5, err_msg=path
             )

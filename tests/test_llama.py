@@ -23,7 +23,6 @@ from oasis_jax.models.llama import (
     token_losses,
 )
 from oasis_jax.paths import flatten_paths
-from oasis_jax.subspace import probe
 
 SMALL = LlamaConfig(32, 16, 40, 3, 4, 2)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
@@ -87,7 +86,7 @@ def test_recomputation_changes_nothing_but_memory(remat):
 def test_scan_equals_unrolled():
     """Loss, projected gradients and observations of a Python loop over layers."""
     model, state = projected()
-    zeros = probe(state.subspace, state.params)
+    zeros = state.probed
     blocks = {"params": state.params["blocks"], "subspace": zeros["blocks"]}
 
     def unrolled(stacked):

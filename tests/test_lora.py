@@ -16,12 +16,20 @@ import numpy as np
 import optax
 import pytest
 
-from oasis_jax import Lora, OasisTrainState, Rule
-from oasis_jax import subspace as sub
+from oasis_jax import (
+    COLLECTION,
+    Lora,
+    OasisTrainState,
+    Oja,
+    Place,
+    Random,
+    Rule,
+    oasis_adam,
+)
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.linen import OasisDense, shared_dense
 from oasis_jax.lora import Adapter
-from oasis_jax.paths import flatten_paths
+from oasis_jax.paths import flatten_paths, map_with_paths
 
 # No two sizes are equal, so that a shape says what it is.
 WIDTH, HIDDEN, OUT, RANK, LAYERS = 16, 24, 5, 3, 2
@@ -61,7 +69,7 @@ class Scanned(nn.Module):
     def __call__(self, x):
         layers = nn.scan(
             Block,
-            variable_axes={"params": 0, sub.COLLECTION: 0},
+            variable_axes={"params": 0, COLLECTION: 0},
             split_rngs={"params": True},
             length=LAYERS,
         )(self.param_dtype, name="blocks")
@@ -94,9 +102,9 @@ def create(model=MODEL, rules=EVERYTHING, seed=0) -> OasisTrainState:
 
 
 @cache
-def created(model, rules, seed) -> OasisTrainState:
+def created(model, rules, seed, tx=TX) -> OasisTrainState:
     return OasisTrainState.create(
-        apply_fn=model.apply, **variables(model), tx=TX, rules=rules, seed=seed
+        apply_fn=model.apply, **variables(model), tx=tx, rules=rules, seed=seed
     )
 
 
@@ -112,7 +120,8 @@ def step(model, state, x):
 
 def adapters_of(state: OasisTrainState) -> dict[str, dict]:
     """{"a": A, "b": B} by kernel path."""
-    return sub.gradient_leaves(sub.only_adapters(state.subspace))
+    weights = state.layout.params.split(state.trained)
+    return {path: weights[path] for path in state.frozen}
 
 
 def moved(state: OasisTrainState) -> OasisTrainState:
@@ -122,7 +131,8 @@ def moved(state: OasisTrainState) -> OasisTrainState:
         adapters_of(state),
     )
     leaves = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), leaves)
-    return replace(state, subspace=sub.put_adapters(state.subspace, leaves))
+    weights = state.layout.params.split(state.trained)
+    return replace(state, trained=state.layout.params.join(weights | leaves))
 
 
 def by_hand(params, adapters, scale=SCALE):
@@ -133,7 +143,7 @@ def by_hand(params, adapters, scale=SCALE):
             return w
         return w + scale * adapters[path]["a"] @ adapters[path]["b"]
 
-    return sub.map_with_paths(kernel, params)
+    return map_with_paths(kernel, params)
 
 
 def split(state: OasisTrainState):
@@ -145,7 +155,7 @@ def split(state: OasisTrainState):
 
 def hand_loss(state: OasisTrainState, rest, adapters, model=None):
     """The loss as a function of exactly what LoRA trains."""
-    params = sub.map_with_paths(lambda path, w: rest.get(path, w), state.params)
+    params = map_with_paths(lambda path, w: rest.get(path, w), state.params)
     return loss_fn(model or MODEL, {"params": by_hand(params, adapters)})
 
 
@@ -171,7 +181,7 @@ def test_layer_is_plain_autodiff(lora, rank, scale):
         for key, (name, n_out) in zip(keys, HEADS.items(), strict=False)
     }
     shapes = [kernels[name].shape for name in ("q_proj", "v_proj")]
-    adapter = lora.adapter(keys[3], ("q_proj", "v_proj"), shapes, rank)
+    adapter = lora.adapter(keys[3], Place(("q_proj", "v_proj"), lora), shapes, rank)
     assert [a.shape for a in adapter.a] == [(WIDTH, rank)] * 2
     assert [b.shape for b in adapter.b] == [(rank, 10), (rank, 12)]
     assert not np.allclose(adapter.a[0], adapter.a[1])  # each its own
@@ -199,7 +209,8 @@ def test_layer_is_plain_autodiff(lora, rank, scale):
 
 
 def test_layer_computes_in_the_inputs_dtype():
-    adapter = Lora().adapter(jax.random.key(0), ("kernel",), [(WIDTH, 4)], RANK)
+    place = Place(("kernel",), Lora())
+    adapter = Lora().adapter(jax.random.key(0), place, [(WIDTH, 4)], RANK)
     kernel = jnp.ones((WIDTH, 4))
     (y,) = adapter(X.astype(jnp.bfloat16), {"kernel": kernel})
     assert y.dtype == jnp.bfloat16
@@ -209,14 +220,15 @@ def test_layer_computes_in_the_inputs_dtype():
 def test_a_is_drawn_within_its_bound_and_b_is_zero():
     """Uniform in +-1 / sqrt(n_in): the variance is a third of the square of that."""
     shapes = [(LAYERS, 400, 6), (LAYERS, 400, 6)]
-    one = Lora().adapter(jax.random.key(0), ("q", "v"), shapes, 50)
+    place = Place(("q", "v"), Lora())
+    one = Lora().adapter(jax.random.key(0), place, shapes, 50)
     assert isinstance(one, Adapter)
     for a, b in zip(one.a, one.b, strict=True):
         assert a.shape == (LAYERS, 400, 50) and b.shape == (LAYERS, 50, 6)
         assert np.abs(a).max() <= 1 / math.sqrt(400) and not np.any(b)
         np.testing.assert_allclose(np.var(a), 1 / 1200, rtol=0.05)
         assert not np.allclose(a[0], a[1])  # each layer its own
-    other = Lora().adapter(jax.random.key(1), ("q", "v"), shapes, 50)
+    other = Lora().adapter(jax.random.key(1), place, shapes, 50)
     assert not np.allclose(one.a[0], other.a[0])
 
 
@@ -230,7 +242,7 @@ def test_begins_as_the_base_model_bit_for_bit(model):
     """B is zero, so neither the function nor the merged parameters have changed."""
     state = create(model)
     apply = applied(model)
-    adapted = {"params": state.params, sub.COLLECTION: state.subspace}
+    adapted = {"params": state.params, COLLECTION: state.subspace}
     np.testing.assert_array_equal(apply(adapted, X), apply({"params": state.params}, X))
     chex.assert_trees_all_equal(state.merged_params(), state.params)
 
@@ -338,7 +350,7 @@ def test_merged_parameters_are_the_same_function(model, dtype, tolerance):
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, state.params)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(merged))
     apply = applied(model)
-    adapted = apply({"params": state.params, sub.COLLECTION: state.subspace}, X)
+    adapted = apply({"params": state.params, COLLECTION: state.subspace}, X)
     plain = apply({"params": state.params}, X)
     scale = np.abs(adapted).max()
     error = np.abs(apply({"params": merged}, X) - adapted).max() / scale
@@ -385,6 +397,45 @@ def test_checkpoint_comes_back_bit_for_bit(tmp_path):
     after, expected = step(model, restored, X), step(model, saved, X)
     chex.assert_trees_all_equal(after.subspace, expected.subspace)
     chex.assert_trees_all_equal(after.params, expected.params)
+
+
+def as_before(state: OasisTrainState) -> dict:
+    """The leaves by the names that earlier versions gave them: those of the model's trees.
+
+    Adapters were kept in `subspace` and kernels, adapted or not, in `params`.
+    """
+    same = ("step", "opt_state", "diagnostics", "seed")
+    trees = {name: getattr(state, name) for name in same}
+    return trees | {"params": state.params, "subspace": state.subspace}
+
+
+OASIS = oasis_adam(1e-2)
+MIXED = (
+    Rule("q_proj|v_proj", RANK, Lora(alpha=6)),
+    Rule("up", 0.5, Oja(axes="gradient")),
+    Rule("down", 0.5, Random(stored=False)),
+)
+
+
+@pytest.mark.parametrize("rules", [EVERYTHING, MIXED], ids=["lora", "mixed"])
+def test_checkpoints_of_earlier_versions_restore(rules, tmp_path):
+    """Their leaves had other paths; all of them come back, and none is left over."""
+    saved = jax.tree.map(lambda a: a + 1, created(MODEL, rules, 0, OASIS))
+    old = as_before(saved)
+    paths = set(flatten_paths(old))
+    assert {"params/q_proj/kernel", "subspace/qkv/a/1", "subspace/qkv/b/0"} <= paths
+    if rules is MIXED:
+        gram = {"subspace/up/projection/basis", "subspace/up/projection/gram"}
+        assert gram | {"subspace/down/projection/basis/seed"} <= paths
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, old, config={})
+    fresh = created(MODEL, rules, 5, OASIS)
+    with Checkpoints(tmp_path) as checkpoints:
+        _, restored = checkpoints.restore(fresh)
+        checkpoints.save(3, restored, config={}, force=True)
+        _, again = checkpoints.restore(fresh)
+    chex.assert_trees_all_equal(restored, saved)
+    chex.assert_trees_all_equal(again, saved)
 
 
 BAD = {

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.extend.core import Jaxpr
 
-from oasis_jax import Oja, Projection
+from oasis_jax import Declaration, Lora, Oja, Place, Probe, Projection
 from oasis_jax.bases import Blocks, Seeded
 from oasis_jax.lora import Adapter
 from oasis_jax.losses import chunked_cross_entropy
@@ -99,9 +99,8 @@ def make(case, seed=0):
     if case.basis != "plain":
         slots = (jnp.zeros((RANK, VOCABULARY)),)
         basis = BASES[case.basis](rng)
-        place = Projection(
-            (PATH,), case.tracker, case.stride, basis, slots, jnp.zeros(())
-        )
+        place = Place((PATH,), case.tracker, case.stride)
+        place = Probe(place, basis, slots, jnp.zeros(()))
     # A projected kernel is not differentiated.
     differentiated = (x, kernel if place is None else None, place)
     return Arguments(differentiated, kernel, targets, weights)
@@ -119,7 +118,7 @@ def with_logits(case, differentiated, a, scale=1.0):
     x, kernel, place = differentiated
     kernel = a.kernel if kernel is None else kernel
     kernel = kernel.T if case.transposed else kernel
-    (logits,) = (place or Projection())(x, {PATH: kernel})
+    (logits,) = (place or Declaration())(x, {PATH: kernel})
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, a.targets)
     return scale * jnp.sum(a.weights * losses)
@@ -224,7 +223,7 @@ def test_a_place_without_slots_is_plain():
     a = make(case)
     x, _, place = a.differentiated
     plain = a._replace(differentiated=(x, a.kernel, None))
-    for inactive in (replace(place, slots=None), Projection()):
+    for inactive in (Projection(place.place, place.basis), Declaration()):
         got = jax.grad(lambda xk: ours(case, (*xk, inactive), a))((x, a.kernel))  # noqa: B023
         close(got, both(ours, case, plain)[1][:2], 1e-6)
 
@@ -234,7 +233,8 @@ def test_an_adapter_is_applied(case):
     a = make(case)
     rng = np.random.default_rng(1)
     left, right = rng.normal(size=(WIDTH, 2)), rng.normal(size=(2, VOCABULARY))
-    adapter = Adapter((PATH,), 0.5, (jnp.float32(left),), (jnp.float32(right),))
+    place = Place((PATH,), Lora(alpha=1.0))
+    adapter = Adapter(place, (jnp.float32(left),), (jnp.float32(right),))
     a = a._replace(differentiated=(a.differentiated[0], a.kernel, adapter))
     close(*against_the_oracle(case, a), 2e-6)
 
@@ -295,9 +295,8 @@ def large(case, vocabulary=512):
     kernel = jax.ShapeDtypeStruct((n, vocabulary), jnp.float32)
     place = None
     if case.basis == "array":
-        place = Projection(
-            (PATH,),
-            case.tracker,
+        place = Probe(
+            Place((PATH,), case.tracker),
             basis=jax.ShapeDtypeStruct((n, RANK), jnp.float32),
             slots=(jax.ShapeDtypeStruct((RANK, vocabulary), jnp.float32),),
             energy=jax.ShapeDtypeStruct((), jnp.float32),
@@ -378,7 +377,7 @@ def test_memory_and_work(basis):
 
 A = make(CASES["projected"])
 X, _, PLACE = A.differentiated
-TWO = replace(PLACE, kernels=("a", "b"), slots=PLACE.slots * 2)
+TWO = replace(PLACE, place=Place(("a", "b")), slots=PLACE.slots * 2)
 NARROW = replace(PLACE, slots=(jnp.zeros((RANK, 5)),))
 SMALL = replace(PLACE, basis=jnp.zeros((9, RANK)))
 HALF = replace(PLACE, slots=(jnp.zeros((RANK, VOCABULARY), jnp.bfloat16),))

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from oasis_jax import OasisTrainState
-from oasis_jax import subspace as sub
 from oasis_jax.checkpoints import Checkpoints
+from oasis_jax.layout import kernel_paths
 from oasis_jax.linen import OasisDense, shared_dense
 from oasis_jax.methods import METHODS, method
 from oasis_jax.models import llama
 from oasis_jax.paths import flatten_paths
 from oasis_jax.planning.memory import tree_bytes
+from oasis_jax.subspace import COLLECTION
 
 WIDTH, HIDDEN, LAYERS, BATCH = 16, 24, 2, 24
 OWN = [name for name, row in METHODS.items() if not row.ablation]
@@ -76,7 +77,7 @@ class Model(nn.Module):
         if self.scanned:
             x, _ = nn.scan(
                 Layer,
-                variable_axes={"params": 0, sub.COLLECTION: 0},
+                variable_axes={"params": 0, COLLECTION: 0},
                 split_rngs={"params": True},
                 length=LAYERS,
             )(config, name="blocks")(x, None)
@@ -149,7 +150,7 @@ def test_trains_and_compiles_once(name):
     assert losses[-1] < 0.8 * losses[0] and np.isfinite(losses).all()
     if name in ("compact", "rso"):
         return  # Gaussian columns are only nearly orthogonal
-    for basis in sub.bases(state.subspace).values():
+    for basis in state.layout.bases(state.bases).values():
         p = basis if isinstance(basis, jax.Array) else basis.array()
         gram = p.mT @ p
         diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
@@ -195,13 +196,9 @@ def test_bytes_of_the_state(name):
         for path, leaf in flatten_paths(state.params).items()
         if path.endswith("kernel") and path.startswith("blocks")
     }
-    adapted = {
-        k
-        for p, a in sub.adapters(state.subspace).items()
-        for k in sub.kernel_paths(p, a)
-    }
+    adapted = set(state.frozen)
     gradient_side = not selection.rules and row.projected
-    chosen = set(sub.bases(state.subspace)) | adapted
+    chosen = set(state.layout.kernels)
     if gradient_side or name == "muon":
         chosen = set(kernels)
 
@@ -224,11 +221,11 @@ def test_bytes_of_the_state(name):
     assert 4 * moments <= tree_bytes(state.opt_state) <= 4 * moments + spare
 
     held = sum(numbers(row.held, path) for path in adapted)
-    for path, place in sub.projections(state.subspace).items():
+    for path, place in state.bases.items():
         n_in, r = place.basis.shape[-2:]
         batch = int(np.prod(place.basis.shape[:-2]))
         shape = (
-            kernels[sub.kernel_paths(path, place)[0]] if place.kernels else (n_in, 0)
+            kernels[kernel_paths(path, place.place)[0]] if place.kernels else (n_in, 0)
         )
         held += batch * row.held(n_in, shape[1], r)
     assert tree_bytes(state.subspace) == 4 * held
@@ -249,13 +246,12 @@ def test_layers_unrolled_and_batches_in_parts(name):
 
     # What is drawn depends on the path, so both begin with what the first step drew.
     begun, _ = run(step, state, 1)
-    start = replace(state, subspace=begun.subspace, step=begun.step)
-    flat = replace(
-        create(name, model),
-        params=unrolled(start.params),
-        subspace=unrolled(start.subspace),
-        step=start.step,
+    start = state.with_variables(state.params, begun.subspace)
+    start = replace(start, step=begun.step)
+    flat = create(name, model).with_variables(
+        unrolled(start.params), unrolled(start.subspace)
     )
+    flat = replace(flat, step=start.step)
     after, _ = run(jax.jit(partial(train_step, model, accumulate=3)), flat, 2)
     expected, _ = run(step, start, 2)
     close = partial(np.testing.assert_allclose, rtol=2e-4, atol=3e-5)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from oasis_jax import Fixed, Rule, method, oasis_adam
+from oasis_jax import Fixed, Place, Probe, Rule, method, oasis_adam
 from oasis_jax.nnx import OasisLinear, OasisOptimizer, Subspace
 
 OPTIONS = {
@@ -50,8 +50,8 @@ def with_slots(layer: OasisLinear, rank: int) -> OasisLinear:
     """The layer as it is within a differentiated call."""
     n_in, n_out = layer.in_features, layer.out_features
     layer.projection.set_value(
-        dataclasses.replace(
-            layer.projection.get_value(),
+        Probe(
+            Place(("kernel",)),
             basis=jnp.eye(n_in, rank),
             slots=(jnp.zeros((rank, n_out)),),
             energy=jnp.zeros(()),
@@ -103,7 +103,7 @@ def test_trains_as_the_documentation_writes_it():
     assert set(energies) == {"layers/0/projection", "layers/1/projection"}
     assert all(0 < e <= 1.0001 for e in energies.values())
     # Only a differentiated call projects; the trained model is a plain one.
-    assert model.layers[0].projection.slots is None
+    assert not model.layers[0].projection.get_value().active
 
 
 def test_full_rank_equals_adamw():

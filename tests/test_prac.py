@@ -17,7 +17,7 @@ from oasis_jax.linen import shared_dense
 from oasis_jax.methods import method
 from oasis_jax.models import llama
 from oasis_jax.planning.memory import saved_activations
-from oasis_jax.subspace import COLLECTION, bases, probe, projections
+from oasis_jax.subspace import COLLECTION
 from oasis_jax.trackers import WARM_START, Complement, Svd
 
 DRAWS = 2_000
@@ -202,6 +202,11 @@ def layer_state(x, tracker, rank):
     return create(APPLY, variables, tracker, rank)
 
 
+def bases(state):
+    """By kernel path."""
+    return state.layout.bases(state.bases)
+
+
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("tracker", ["svd", "complement"])
 def test_refresh_finds_what_the_svd_finds(name, tracker):
@@ -211,7 +216,7 @@ def test_refresh_finds_what_the_svd_finds(name, tracker):
     whole = rank if tracker == "svd" else 2 * rank
     state = layer_state(x, Svd() if tracker == "svd" else prac(0.5), whole)
     state = refreshed(state, x)
-    q1 = bases(state.subspace)["k/kernel"][:, :rank]
+    q1 = bases(state)["k/kernel"][:, :rank]
     assert angle(q1, svd(x, rank)) < 1e-2
 
 
@@ -219,7 +224,7 @@ def test_columns_are_in_order():
     """Within the span they are the singular vectors themselves, up to a sign."""
     x = activations(64, 24, 0.6 ** np.arange(24))
     state = refreshed(layer_state(x, Svd(), 6), x)
-    overlap = np.abs(bases(state.subspace)["k/kernel"].T @ svd(x, 6))
+    overlap = np.abs(bases(state)["k/kernel"].T @ svd(x, 6))
     np.testing.assert_allclose(overlap, np.eye(6), atol=1e-2)
 
 
@@ -238,7 +243,7 @@ def test_intervals(interval, random_interval):
         return renewed, renewed.apply_gradients(grads)
 
     def basis(state):
-        p = np.asarray(bases(state.subspace)["k/kernel"])
+        p = np.asarray(bases(state)["k/kernel"])
         gram = p.T @ p
         assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-4
         return p[:, :3], p[:, 3:]
@@ -263,9 +268,7 @@ def test_refresh_in_microbatches_is_that_of_the_whole():
     x = activations(64, 24, 0.5 ** np.arange(24))
     state = layer_state(x, prac(0.5), 12)
     halved = jax.jit(lambda s, x: s.refresh(layer_loss, x, accumulate=2))
-    p, halves = (
-        bases(renew(state, x).subspace)["k/kernel"] for renew in (refreshed, halved)
-    )
+    p, halves = (bases(renew(state, x))["k/kernel"] for renew in (refreshed, halved))
     np.testing.assert_allclose(p, halves, atol=1e-4)
 
 
@@ -285,7 +288,7 @@ def test_any_optimizer(tx):
     def step(state, plain, opt_state):
         state = state.refresh(layer_loss, x)
         loss, grads = state.value_and_grad(layer_loss)(x)
-        p = bases(state.subspace)
+        p = bases(state)
         full = {
             name: {"kernel": p[f"{name}/kernel"] @ leaf["kernel"]}
             for name, leaf in grads.params.items()
@@ -310,13 +313,12 @@ def test_any_optimizer(tx):
 def test_kernels_on_one_input_save_one_z():
     x = activations(32, 16)
     state = layer_state(x, prac(0.5), 6)
-    assert len(projections(state.subspace)) == 1
+    assert len(state.bases) == 1
 
     def loss(params, zeros, x):
         return layer_loss({"params": params, COLLECTION: zeros}, x)
 
-    zeros = probe(state.subspace, state.params)
-    kept = [a.shape for a in saved_activations(loss, state.params, zeros, x)]
+    kept = [a.shape for a in saved_activations(loss, state.params, state.probed, x)]
     assert kept.count((32, 6)) == 1 and (32, 16) not in kept
 
 
@@ -345,7 +347,7 @@ def test_compressed_norms_and_activations_save_no_width(remat):
         kept = saved_activations(
             lambda params, zeros: loss_fn({"params": params, COLLECTION: zeros}),
             state.params,
-            jax.eval_shape(probe, state.subspace, state.params),
+            jax.eval_shape(lambda state: state.probed, state),
         )
         shapes = [a.shape for a in kept]
         return [shapes.count((2, 3, 11, n)) for n in (config.width, config.hidden)]

@@ -14,7 +14,6 @@ from oasis_jax import OasisTrainState
 from oasis_jax.linen import OasisDense
 from oasis_jax.methods import method
 from oasis_jax.proximal import ProximalState, proximal
-from oasis_jax.subspace import bases
 
 MODEL = nn.Sequential(
     [OasisDense(14, use_bias=False), nn.tanh, OasisDense(5, use_bias=False)]
@@ -36,7 +35,8 @@ def kernels(state):
 
 
 def held(state):
-    return {name: bases(state.subspace)[f"{name}/kernel"] for name in NAMES}
+    bases = state.layout.bases(state.bases)
+    return {name: bases[f"{name}/kernel"] for name in NAMES}
 
 
 def restricted(kernels, bases, b, x):

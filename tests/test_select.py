@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from oasis_jax import Fixed, Projection, Random, Rule, select
-from oasis_jax.subspace import projections
+from oasis_jax import Declaration, Fixed, Place, Probe, Random, Rule, select
 
 PARAMS = {
     "attn": {
@@ -17,8 +16,8 @@ PARAMS = {
 }
 QKV = ("q_proj/kernel", "k_proj/kernel", "v_proj/kernel")
 DECLARED = {
-    "attn": {"qkv": Projection(kernels=QKV)},
-    "mlp": {"down": {"projection": Projection(kernels=("kernel",))}},
+    "attn": {"qkv": Declaration(Place(QKV))},
+    "mlp": {"down": {"projection": Declaration(Place(("kernel",)))}},
 }
 
 CASES = {
@@ -39,32 +38,30 @@ CASES = {
 def test_ranks(rules, ranks):
     selection = select(PARAMS, DECLARED, rules)
     assert {path: shape[-1] for path, shape in selection.shapes.items()} == ranks
-    made = projections(selection.init(jax.random.key(0)))
+    made = selection.init(jax.random.key(0))
     assert {path: p.basis.shape for path, p in made.items()} == selection.shapes
     assert all(shape[0] == 3 for shape in selection.shapes.values())  # scanned layers
 
 
 def test_trackers_and_strides_reach_their_place():
     rules = [Rule("attn", 2, Random(9), stride=4), Rule("mlp", 2, "fixed")]
-    made = projections(select(PARAMS, DECLARED, rules).init(jax.random.key(0)))
-    assert made["attn/qkv"].tracker == Random(9) and made["attn/qkv"].stride == 4
+    made = select(PARAMS, DECLARED, rules).init(jax.random.key(0))
+    assert made["attn/qkv"].place == Place(QKV, Random(9), stride=4)
     assert made["mlp/down/projection"].tracker == Fixed()
 
 
 def test_part_of_a_shared_input():
     """Only v is projected; q and k are applied plainly, and all come out right."""
     rules = [Rule("v_proj", 4), Rule("mlp", 4)]
-    place = select(PARAMS, DECLARED, rules).init(jax.random.key(0))["attn"]["qkv"]
+    place = select(PARAMS, DECLARED, rules).init(jax.random.key(0))["attn/qkv"]
     assert place.kernels == ("v_proj/kernel",)
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (5, 16))
     weights = {
         n: jax.random.normal(k, (16, 8)) for n, k in zip(QKV, keys[1:], strict=True)
     }
-    slot = Projection(
-        place.kernels, None, 1, place.basis[0], (jnp.zeros((4, 8)),), jnp.zeros(())
-    )
-    outputs = slot(x, weights)
+    probe = Probe(place.place, place.basis[0], (jnp.zeros((4, 8)),), jnp.zeros(()))
+    outputs = probe(x, weights)
     for output, kernel in zip(outputs, weights.values(), strict=True):
         assert jnp.array_equal(output, x @ kernel)
 
@@ -72,7 +69,7 @@ def test_part_of_a_shared_input():
 def test_bases_differ_by_place_and_seed():
     def made(seed):
         selection = select(PARAMS, DECLARED, [Rule(".*", 4)])
-        return projections(selection.init(jax.random.key(seed)))
+        return selection.init(jax.random.key(seed))
 
     first = made(0)
     assert not jnp.allclose(

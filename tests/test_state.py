@@ -12,7 +12,6 @@ import pytest
 
 from oasis_jax import Fixed, OasisTrainState, Oja, Random, Rule, oasis_adam
 from oasis_jax.linen import OasisDense
-from oasis_jax.subspace import bases, projections
 
 
 class MLP(nn.Module):
@@ -37,6 +36,11 @@ def loss_fn(variables, x, y):
 HALF = (Rule(".*", 0.5),)
 
 
+def bases(state):
+    """By kernel path."""
+    return state.layout.bases(state.bases)
+
+
 def create(rules=HALF, tx=None, **kw):
     return OasisTrainState.create(
         apply_fn=MODEL.apply,
@@ -57,13 +61,13 @@ def step(state, x, y):
 def test_trains_and_compiles_once():
     counted = jax.jit(step.__wrapped__, donate_argnums=0)
     state, losses = create(), []
-    first = jax.tree.map(jnp.copy, bases(state.subspace))
+    first = jax.tree.map(jnp.copy, bases(state))
     for _ in range(40):
         state, loss = counted(state, X, Y)
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
     assert counted._cache_size() == 1
-    for path, basis in bases(state.subspace).items():
+    for path, basis in bases(state).items():
         assert not np.allclose(basis, first[path], atol=1e-3)  # it moved meanwhile
     assert int(state.step) == 40 and int(state.diagnostics.skipped) == 0
 
@@ -88,7 +92,7 @@ def test_gradients_are_those_of_the_plain_model_projected():
     )(state.params)
     np.testing.assert_array_equal(loss, expected)
     for name in ("up", "down"):
-        basis = bases(state.subspace)[f"{name}/kernel"]
+        basis = bases(state)[f"{name}/kernel"]
         np.testing.assert_allclose(
             grads.params[name]["kernel"], basis.T @ plain[name]["kernel"], atol=1e-6
         )
@@ -102,10 +106,9 @@ def test_full_rank_equals_adamw():
     state = create([Rule(".*", 1.0, Fixed())], oasis_adam(1e-3, weight_decay=0.1))
     identity = {
         path: dataclasses.replace(p, basis=jnp.eye(p.basis.shape[0]))
-        for path, p in projections(state.subspace).items()
+        for path, p in state.bases.items()
     }
-    subspace = {n: {"projection": identity[f"{n}/projection"]} for n in ("up", "down")}
-    state = dataclasses.replace(state, subspace=subspace)
+    state = dataclasses.replace(state, bases=identity)
     reference = create((), optax.adamw(1e-3, weight_decay=0.1))
     for _ in range(20):
         state, _ = step(state, X, Y)
@@ -224,7 +227,7 @@ def test_evaluation_needs_no_flag():
 
 def test_no_rules_is_plain_adamw():
     state = create((), optax.adamw(1e-2))
-    assert projections(state.subspace) == {}
+    assert state.bases == {}
     params = jax.tree.map(jnp.copy, VARIABLES["params"])
     tx = optax.adamw(1e-2)
     opt_state = tx.init(params)

@@ -22,7 +22,7 @@ from oasis_jax.linen import OasisDense
 from oasis_jax.methods import method
 from oasis_jax.models import llama
 from oasis_jax.planning.memory import saved_activations, tree_bytes
-from oasis_jax.subspace import COLLECTION, bases, probe
+from oasis_jax.subspace import COLLECTION
 from oasis_jax.trackers import BlockMean
 
 FILE = (
@@ -85,9 +85,8 @@ def test_recorded(name):
     def step(state, x, dy):
         state = state.refresh(loss_fn, x, dy)
         (_, y), grads = state.value_and_grad(loss_fn, has_aux=True)(x, dy)
-        basis = bases(state.subspace)["kernel"]
-        zeros = probe(state.subspace, state.params)
-        variables = {"params": state.params, COLLECTION: zeros}
+        basis = state.layout.bases(state.bases)["kernel"]
+        variables = {"params": state.params, COLLECTION: state.probed}
         dx = jax.grad(lambda x: loss_fn(variables, x, dy)[0])(x)
         out = {"y": y, "v": basis.vector, "zp": basis.project(x, "highest"), "dx": dx}
         state = state.apply_gradients(grads)
@@ -142,7 +141,7 @@ def saved(state):
     def loss(params, zeros):
         return loss_fn({"params": params, COLLECTION: zeros}, TOKENS)
 
-    zeros = jax.eval_shape(probe, state.subspace, state.params)
+    zeros = jax.eval_shape(lambda state: state.probed, state)
     kept = saved_activations(loss, state.params, zeros)
     return [tuple(aval.shape) for aval in kept]
 

@@ -74,16 +74,16 @@ class LayerNorm(nn.Module):
         c, size = self.config, x_BTD.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, size, c.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, size, c.param_dtype)
-        place = input_projection(self, "input", *size)
-        if place.active:
+        probe = input_projection(self, "input", *size)
+        if probe is not None:
             return compressed_layer_norm(
                 x_BTD,
                 scale,
                 bias,
-                place.basis,
-                place.energy,
+                probe.basis,
+                probe.energy,
                 eps=c.norm_eps,
-                stride=place.stride,
+                stride=probe.stride,
             )
         return _layer_norm(x_BTD, scale, bias, eps=c.norm_eps)
 
@@ -119,10 +119,10 @@ class MLP(nn.Module):
         options, mask = _dense_options(c), _mask(segments_BT)
         up = OasisDense(c.hidden, name="up_proj", **options)(x_BTD, mask)
         up = keep(up, GATE_UP)
-        place = input_projection(self, "gelu", c.hidden)
-        if place.active:
+        probe = input_projection(self, "gelu", c.hidden)
+        if probe is not None:
             hidden = compressed(
-                _gelu, up, place.basis, place.energy, stride=place.stride
+                _gelu, up, probe.basis, probe.energy, stride=probe.stride
             )
         else:
             hidden = _gelu(up)

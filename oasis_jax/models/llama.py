@@ -7,7 +7,6 @@ recomputation (`models/blocks.py`).
 Shape suffixes: B batch, T tokens, D width, H query heads, K key/value heads, E head size.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -19,176 +18,14 @@ from jax import Array
 from oasis_jax.attention import attention
 from oasis_jax.linen import DenseWeights, OasisDense, input_projection, shared_dense
 from oasis_jax.losses import chunked_cross_entropy
-from oasis_jax.models.blocks import advance_blocks, blocks, check_kept, check_length
+from oasis_jax.models.blocks import advance_blocks, blocks, check_length
 from oasis_jax.models.cache import Cache, Past, cached_attention
+from oasis_jax.models.presets import PRESETS as PRESETS
+from oasis_jax.models.presets import LlamaConfig as LlamaConfig
+from oasis_jax.models.presets import RopeScaling as RopeScaling
+from oasis_jax.models.presets import preset as preset
 from oasis_jax.nonlinear import compressed_rms_norm, compressed_swiglu
 from oasis_jax.residuals import GATE_UP, MIDDLE, QKV, keep
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary rates are slowed for longer texts than were first trained on.
-
-    Attributes:
-      factor: By which slow rates are divided.
-      original: Most tokens of a sequence before; with it the type is 'llama3', without
-        'linear', where all rates are slowed.
-      low, high: Rates that turn fewer than `low` times in `original` tokens are slowed,
-        more than `high` times kept, and in between mixed.
-    """
-
-    factor: float
-    original: int | None = None
-    low: float = 1.0
-    high: float = 4.0
-
-    def __post_init__(self):
-        if self.factor <= 0 or self.low >= self.high:
-            raise ValueError(
-                f"factor is {self.factor}, low {self.low} and high {self.high}, "
-                "expected factor > 0 and low < high"
-            )
-
-    def __call__(self, rates: Array) -> Array:
-        """Rates in radians per token, slowed."""
-        if self.original is None:
-            return rates / self.factor
-        turns = self.original * rates / (2 * jnp.pi)
-        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return kept * rates + (1 - kept) * rates / self.factor
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Shapes and dtypes of a LLaMA.
-
-    Attributes:
-      width, hidden: Of the residual stream and of the MLP.
-      layers, heads, kv_heads: Counts; `heads` must divide by `kv_heads`.
-      tied: Whether the output head is the embedding, transposed.
-      head_size: `width // heads` if 0.
-      rope_scaling: None leaves the rotary rates as they are.
-      positions: Most tokens that a sequence may have; None is no bound.
-      qkv_bias: Whether q, k and v have biases (Qwen 2).
-      qk_norm: Whether each head of q and k passes an RMSNorm (Qwen 3).
-      dtype, param_dtype: Of the computation and of the parameters.
-      remat: One of `blocks.REMAT`.
-      residuals: What is kept of a block: 'whole', or 'fp8' or 'int8' with a scale per
-        token (`oasis_jax.residuals`).
-      loss_chunk: Tokens whose logits exist at once where the loss is asked for.
-    """
-
-    vocab_size: int
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    tied: bool = False
-    head_size: int = 0
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    rope_scaling: RopeScaling | None = None
-    positions: int | None = None
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: str = "elementwise"
-    residuals: str = "whole"
-    loss_chunk: int = 2048
-
-    def __post_init__(self):
-        check_kept(self.remat, self.residuals)
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads do not divide into {self.kv_heads} kv heads"
-            )
-        if not self.head_size:
-            if self.width % self.heads:
-                raise ValueError(
-                    f"width {self.width} does not divide into {self.heads} heads"
-                )
-            object.__setattr__(self, "head_size", self.width // self.heads)
-
-
-def _c4(width: int, hidden: int, layers: int, heads: int) -> LlamaConfig:
-    """A shape of the C4 benchmark that GaLore and its successors share."""
-    return LlamaConfig(32_000, width, hidden, layers, heads, heads)
-
-
-PRESETS = {
-    "llama-tiny": LlamaConfig(256, 128, 344, 4, 4, 4),
-    "llama-60m": _c4(512, 1376, 8, 8),
-    "llama-130m": _c4(768, 2048, 12, 12),
-    "llama-350m": _c4(1024, 2736, 24, 16),
-    "llama-1b": _c4(2048, 5461, 24, 32),
-    "llama-7b": _c4(4096, 11008, 32, 32),
-    "llama-3.2-1b": LlamaConfig(
-        128_256,
-        2048,
-        8192,
-        16,
-        32,
-        8,
-        tied=True,
-        rope_theta=5e5,
-        norm_eps=1e-5,
-        rope_scaling=RopeScaling(32.0, 8192),
-        positions=131_072,
-    ),
-    "llama-3-8b": LlamaConfig(
-        128_256, 4096, 14336, 32, 32, 8, rope_theta=5e5, norm_eps=1e-5
-    ),
-    "qwen-2.5-0.5b": LlamaConfig(
-        151_936,
-        896,
-        4864,
-        24,
-        14,
-        2,
-        tied=True,
-        rope_theta=1e6,
-        positions=32_768,
-        qkv_bias=True,
-    ),
-    "qwen-3-0.6b": LlamaConfig(
-        151_936,
-        1024,
-        3072,
-        28,
-        16,
-        8,
-        tied=True,
-        head_size=128,
-        rope_theta=1e6,
-        positions=40_960,
-        qk_norm=True,
-    ),
-    # Version 0.3, which has no sliding window.
-    "mistral-7b": LlamaConfig(
-        32_768,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        rope_theta=1e6,
-        norm_eps=1e-5,
-        positions=32_768,
-    ),
-}
-
-
-def preset(name: str, **changes: Any) -> LlamaConfig:
-    """A preset, with some fields changed.
-
-    Raises:
-      ValueError: if there is no such preset; lists those that are.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **changes)
 
 
 class RMSNorm(nn.Module):
@@ -201,15 +38,15 @@ class RMSNorm(nn.Module):
         scale = self.param(
             "scale", nn.initializers.ones, x_BTD.shape[-1:], self.config.param_dtype
         )
-        place = input_projection(self, "input", x_BTD.shape[-1])
-        if place.active:
+        probe = input_projection(self, "input", x_BTD.shape[-1])
+        if probe is not None:
             return compressed_rms_norm(
                 x_BTD,
                 scale,
-                place.basis,
-                place.energy,
+                probe.basis,
+                probe.energy,
                 eps=self.config.norm_eps,
-                stride=place.stride,
+                stride=probe.stride,
             )
         return _rms_norm(x_BTD, scale, eps=self.config.norm_eps)
 
@@ -288,17 +125,17 @@ class MLP(nn.Module):
             **_dense_options(c),
         )
         gate, up = keep((gate, up), GATE_UP)
-        places = [
-            input_projection(self, site, c.hidden)
-            for site in ("swiglu_gate", "swiglu_up")
-        ]
-        if all(place.active for place in places):
+        of_gate = input_projection(self, "swiglu_gate", c.hidden)
+        of_up = input_projection(self, "swiglu_up", c.hidden)
+        if of_gate is not None and of_up is not None:
             hidden = compressed_swiglu(
                 gate,
                 up,
-                *(place.basis for place in places),
-                *(place.energy for place in places),
-                stride=places[0].stride,
+                of_gate.basis,
+                of_up.basis,
+                of_gate.energy,
+                of_up.energy,
+                stride=of_gate.stride,
             )
         else:
             hidden = _swiglu(gate, up)

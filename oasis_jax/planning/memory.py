@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from oasis_jax import subspace as sub
 from oasis_jax.compat import lowering_for, saved_residuals
 from oasis_jax.planning import targets
 from oasis_jax.state import OasisTrainState
+from oasis_jax.subspace import COLLECTION
 
 
 class PlanError(RuntimeError):
@@ -209,10 +209,10 @@ def step_parts(
     )
 
     def loss(params, probe, *args):
-        return _value_of(loss_fn)({"params": params, sub.COLLECTION: probe}, *args)
+        return _value_of(loss_fn)({"params": params, COLLECTION: probe}, *args)
 
-    probe = jax.eval_shape(sub.probe, state.subspace, state.params)
-    kept = saved_activations(loss, state.params, probe, *micro)
+    params, probed = jax.eval_shape(lambda state: (state.params, state.probed), state)
+    kept = saved_activations(loss, params, probed, *micro)
     return {
         "weights": tree_bytes(state.params),
         "gradients": tree_bytes(grads.params),

@@ -14,7 +14,6 @@ from oasis_jax.planning.memory import (
     step_memory,
     tree_bytes,
 )
-from oasis_jax.subspace import bases, probe
 
 
 def build(name: str, rank: float = 0.125, remat: str = "elementwise"):
@@ -56,7 +55,7 @@ def test_gradients_and_moments_of_projected_kernels():
     """At r = n/8 they take at most 0.15 of AdamW's, compiled and counted."""
     oasis, loss_fn, tokens = build("oasis")
     adamw, _, _ = build("adamw")
-    projected = bases(oasis.subspace)
+    projected = oasis.layout.kernels
     assert len(projected) == 7
 
     def needs(state):
@@ -65,7 +64,7 @@ def test_gradients_and_moments_of_projected_kernels():
             import dataclasses
 
             inner = dataclasses.replace(
-                state, params=params, subspace=subspace, opt_state=opt_state
+                state.with_variables(params, subspace), opt_state=opt_state
             )
             _, grads = inner.value_and_grad(loss_fn)(tokens)
             moments = inner.apply_gradients(grads).opt_state[0]
@@ -91,12 +90,11 @@ def test_gradients_and_moments_of_projected_kernels():
 def kept(name: str, remat: str) -> list[tuple[int, ...]]:
     """Shapes of what autodiff keeps of a step's loss."""
     state, loss_fn, tokens = build(name, remat=remat)
-    probed = probe(state.subspace, state.params)
 
     def loss(params, subspace):
         return loss_fn({"params": params, "subspace": subspace}, tokens)
 
-    return [a.shape for a in saved_activations(loss, state.params, probed)]
+    return [a.shape for a in saved_activations(loss, state.params, state.probed)]
 
 
 WIDE, HIDDEN = (2, 4, 32, 64), (2, 4, 32, 128)  # layers, batch, tokens, n_in
