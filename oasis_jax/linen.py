@@ -58,7 +58,7 @@ def _project(
 ) -> tuple[Array, ...]:
     """Applies the weights, keyed by kernel path relative to `module`, to one input."""
     projection = _site(module, site, lambda: Declaration(Place(tuple(weights))))
-    if mask is not None and projection.active:
+    if mask is not None and isinstance(projection, Probe):
         x = jnp.where(mask[..., None], x, 0)
     arrays = [a for pair in weights.values() for a in pair if a is not None]
     dtype = canonicalize_dtype(x, *arrays, dtype=dtype)

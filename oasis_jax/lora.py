@@ -33,6 +33,7 @@ class Adapter(Site):
     place: Place = field(metadata={"static": True})
     a: tuple[Array, ...]
     b: tuple[Array, ...]
+    active: ClassVar[bool] = True
 
     @property
     def scale(self) -> float:

@@ -62,7 +62,7 @@ class Site:
     """What stands in the collection for an input; a subclass is a frozen dataclass."""
 
     place: Place
-    # Whether the input is to be projected: this is a differentiated call.
+    # Whether it does more than apply kernels: it projects their input, or adapts them.
     active: ClassVar[bool] = False
 
     @property

@@ -196,6 +196,26 @@ def test_other_methods_train(name):
         assert all(jax.tree.leaves(moved))
 
 
+def test_an_adapter_is_applied_and_moved():
+    """The layer is that of W + A B; W stays, A and B move."""
+    x, y = data()
+    model = Net(OasisLinear, nnx.Rngs(0))
+    recipe = method("lora", pattern="layers", rank=3)
+    optimizer = OasisOptimizer(model, recipe.optimizer(1e-2), rules=recipe.rules)
+    layer = model.layers[0]
+    kernel, first = jnp.copy(layer.kernel[...]), layer.projection.get_value()
+    for _ in range(2):  # A moves once B is not zero
+        _, grads = optimizer.value_and_grad(loss_fn)(model, x, y)
+        optimizer.update(model, grads)
+    adapter = layer.projection.get_value()
+    np.testing.assert_array_equal(layer.kernel[...], kernel)
+    for before, after in ((first.a, adapter.a), (first.b, adapter.b)):
+        assert not np.allclose(before[0], after[0], atol=1e-4)
+    expected = x @ (kernel + adapter.a[0] @ adapter.b[0]) + layer.bias[...]
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - x @ kernel - layer.bias[...]).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["galore", "osd", "ldadam"])
 def test_gradient_side_methods_need_no_layer_of_ours(name):
     """Under `nnx.Optimizer`, the same losses as in a plain loop over a dictionary."""
