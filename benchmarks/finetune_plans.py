@@ -16,10 +16,10 @@ from rich.progress import track
 
 from oasis_jax import hf
 from oasis_jax.models.llama import preset
-from train import report
-from train.config import Finetune
-from train.finetune import plan
-from train.loop import machine
+from train.options import Finetune
+from train.report.log import write_json
+from train.run.machine import machine
+from train.run.planning import plan_tuning
 
 ROWS = (
     ("adamw", None, "adamw"),
@@ -63,11 +63,11 @@ def main(config: Config) -> None:
                 param_dtype="bfloat16",
                 target=config.target,
             )
-            found = plan(options)
+            found = plan_tuning(options, config.target)
             found["configuration"] |= dict(model=config.preset, data="any.jsonl")
             records.append(found)
     about = {"machine": machine(), "versions": records[0]["versions"]}
-    report.write_json(config.out, about | {"plans": records})
+    write_json(config.out, about | {"plans": records})
 
 
 if __name__ == "__main__":

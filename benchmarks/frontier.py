@@ -17,8 +17,9 @@ import timing
 import tyro
 
 from oasis_jax.models.blocks import REMAT
-from train import report
-from train.config import UserError
+from train.errors import UserError
+from train.report.comparison import frontier_plot
+from train.report.log import write_json
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,8 @@ def main(config: Config) -> None:
         done = [case for case in cases if case.label in found]
         rows = [row(config, case, found[case.label], base) for case in done]
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        report.write_json(
-            config.out, {**timing.about(config, base.machine), "rows": rows}
-        )
-        report.frontier_plot(rows, config.out.with_suffix(".png"))
+        write_json(config.out, {**timing.about(config, base.machine), "rows": rows})
+        frontier_plot(rows, config.out.with_suffix(".png"))
 
     timing.measure(config, cases, write)
     print(f"{config.out} and {config.out.with_suffix('.png')}")

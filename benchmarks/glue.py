@@ -35,10 +35,11 @@ import tyro
 from rich.progress import Progress
 
 from oasis_jax.methods import row
-from train import report
-from train.config import UserError
-from train.loop import machine
-from train.trials import command_line, run_trial, side_by_side
+from train.errors import UserError
+from train.report.log import console as standard_error
+from train.report.log import write_json
+from train.run.machine import machine
+from train.run.trials import command_line, run_trial, side_by_side
 
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
 
@@ -116,7 +117,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     results = _read(config)
     pairs = [(method, task) for task in config.tasks for method in config.methods]
-    console, lock = report.console(), threading.Lock()
+    console, lock = standard_error(), threading.Lock()
     with Progress(console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("methods on tasks", total=len(pairs))
 
@@ -125,11 +126,13 @@ def run(config: Config) -> list[dict[str, Any]]:
                 return
             out = config.out / trial.name
             command = _command(config, trial, out)
-            summary = run_trial(out, command, lambda: {"best": None})
+            summary = run_trial(out, command)
+            if summary["diverged"]:  # whatever it was before
+                summary["best"] = None
             shutil.rmtree(out)  # its checkpoints are some hundred MiB
             with lock:
                 results["trials"][trial.name] = {**trial._asdict(), **_short(summary)}
-                report.write_json(config.results, results)
+                write_json(config.results, results)
             console.print(f"{trial.name}  {_score(summary):.4f}")
 
         def one(pair: tuple[str, str]) -> None:
@@ -197,7 +200,7 @@ def _command(config: Config, trial: Trial, out: Path) -> list[str]:
         data=config.data / FOLDERS[trial.task],
         method=trial.method,
         rank=config.rank if row(trial.method).projected else None,
-        lr=trial.lr * row(trial.method).rate,
+        lr=trial.lr * row(trial.method).lr_factor,
         seed=trial.seed,
         pack=True,
         **size._asdict(),
@@ -259,7 +262,7 @@ def _cell(rates: dict[float, list[dict[str, Any]]]) -> dict[str, Any]:
         "mean": _mean(chosen),
         "deviation": statistics.stdev(_points(chosen)) if chosen[1:] else 0.0,
         "seeds": len(chosen),
-        "lr": chosen[0]["lr"] * row(chosen[0]["method"]).rate,
+        "lr": chosen[0]["lr"] * row(chosen[0]["method"]).lr_factor,
         "step_ms": min(times),
         "bytes": {k: v for k, v in chosen[0].items() if k.endswith("_bytes")},
     }

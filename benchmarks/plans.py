@@ -13,10 +13,10 @@ from pathlib import Path
 import tyro
 from rich.progress import track
 
-from train import report
-from train.config import Plan
-from train.loop import machine
-from train.plan import compile_plan, versions
+from train.options import Plan
+from train.report.log import write_json
+from train.run.machine import machine, versions
+from train.run.planning import compile_plan
 
 ROWS = (
     ("adamw", "none", "whole"),
@@ -66,7 +66,7 @@ def main(config: Config) -> None:
         records.append(compile_plan(plan).record())
         # After each, for a compiler of TPU programs takes minutes.
         about = {"machine": machine(), "versions": versions(), "plans": records}
-        report.write_json(out, about)
+        write_json(out, about)
 
 
 if __name__ == "__main__":

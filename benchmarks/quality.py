@@ -13,8 +13,11 @@ from pathlib import Path
 
 import tyro
 
-from train import compare, report
-from train.config import Compare, UserError
+from train.commands import compare
+from train.errors import UserError
+from train.options import Compare
+from train.report.comparison import compare_markdown, compare_plot
+from train.report.log import write_json
 
 ABLATIONS = ("gradient", "unaligned", "random", "keep", "reset", "frozen")
 
@@ -54,10 +57,10 @@ def main(config: Config) -> None:
     )
     rows = compare.run(comparison) + compare.run(ablations)
     config.results.mkdir(parents=True, exist_ok=True)
-    report.write_json(config.results / "quality.json", rows)
-    table = report.compare_markdown(rows)
+    write_json(config.results / "quality.json", rows)
+    table = compare_markdown(rows)
     (config.results / "quality.md").write_text(table)
-    report.compare_plot(rows, config.results / "quality.png")
+    compare_plot(rows, config.results / "quality.png")
     print(table)
 
 

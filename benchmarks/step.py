@@ -15,7 +15,7 @@ from pathlib import Path
 import timing
 import tyro
 
-from train import report
+from train.report.log import write_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     }
     print(json.dumps({k: v for k, v in result.items() if k != "step_ms"}, indent=2))
     if config.out:
-        report.write_json(config.out, result)
+        write_json(config.out, result)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 from glue import table
 from timing import TARGETS
 
-from train.report import compare_markdown, human_bytes
+from train.report.comparison import compare_markdown
+from train.report.tables import human_bytes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"

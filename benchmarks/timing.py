@@ -29,11 +29,12 @@ from oasis_jax.methods import row
 from oasis_jax.planning import targets
 from oasis_jax.planning.flops import llama_inputs
 from oasis_jax.planning.memory import step_memory
-from train import report
-from train.config import Pretrain, UserError
-from train.loop import machine, train_step
-from train.plan import versions
-from train.pretrain import set_up
+from train.errors import UserError
+from train.options import Pretrain
+from train.report.log import console as standard_error
+from train.run import build
+from train.run.machine import machine, versions
+from train.run.setup import train_step
 
 WARM_UP = 2
 """Turns that are not counted. In the first, methods that renew their bases every so many
@@ -230,13 +231,13 @@ class Step:
 
     def __init__(self, workload: Workload, case: Case):
         options = workload.options(case)
-        setup = set_up(options, workload.vocab_size, layers=workload.layers)
-        jitted = jax.jit(train_step(setup, options), donate_argnums=0)
+        setup = build.pretraining(options, workload.vocab_size, layers=workload.layers)
+        jitted = jax.jit(train_step(setup, accumulate=1), donate_argnums=0)
         started = time.perf_counter()
-        shape = setup.batch
+        shape, loss_fn = setup.objective.batch, setup.objective.loss_fn
         self._compiled = jitted.lower(setup.state, shape).compile()
         took = time.perf_counter() - started
-        model = setup.model.config
+        model = setup.objective.model.config
         tokens = np.random.default_rng(0).integers(
             0, model.vocab_size, shape["tokens"].shape
         )
@@ -246,7 +247,7 @@ class Step:
         }
         self.measured = Measured(
             took,
-            step_memory(setup.state, setup.loss_fn, shape, compiled=self._compiled),
+            step_memory(setup.state, loss_fn, shape, compiled=self._compiled),
             model_flops(model, batch=workload.batch, seq=workload.seq),
             machine(),
         )
@@ -344,7 +345,7 @@ def _plain(workload: Workload) -> dict[str, Any]:
 @contextmanager
 def _progress(total: int):
     """A bar; a line for each compilation where there is no terminal."""
-    console = report.console()
+    console = standard_error()
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,8 @@ from oasis_jax.subspace import (
 from oasis_jax.trackers import TRACKERS, Tracker
 
 FULL = "full"
-_TRACKERS: dict[str, type[Any]] = TRACKERS | {Lora.name: Lora}
+# A view: a tracker that is added to the table is known here.
+_TRACKERS: Mapping[str, type[Any]] = ChainMap(TRACKERS, {Lora.name: Lora})
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,19 @@ SEGMENTS = (PADDED > 0).astype(jnp.int32)
 
 
 def started(name="oasis", config=SMALL):
-    recipe = method(name, rank=0.5)
-    model = Bert(config)
-    return OasisTrainState.create(
-        apply_fn=model.apply,
-        **jax.jit(model.init)(jax.random.key(0), TOKENS),
-        tx=recipe.optimizer(1e-2),
-        rules=recipe.rules,
-    )
+    recipe = method(name, rank=None if name == "velora" else 0.5)
+    model, tx = Bert(config), recipe.optimizer(1e-2)
+
+    @jax.jit  # many small operations, compiled once
+    def made():
+        return OasisTrainState.create(
+            apply_fn=model.apply,
+            **model.init(jax.random.key(0), TOKENS),
+            tx=tx,
+            rules=recipe.rules,
+        )
+
+    return made()
 
 
 def loss_of(config=SMALL, tokens=TOKENS, segments=None):
@@ -73,9 +78,9 @@ def test_parameters_are_those_of_plain_layers():
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, labels=0)])
 def test_padding_changes_nothing(config):
-    model, params = Bert(config), started().params
-    alone = model.apply({"params": params}, TOKENS)
-    padded = model.apply({"params": params}, PADDED, SEGMENTS)
+    apply, params = jax.jit(Bert(config).apply), started().params
+    alone = apply({"params": params}, TOKENS)
+    padded = apply({"params": params}, PADDED, SEGMENTS)
     if not config.labels:
         padded = padded[:, :7]
     np.testing.assert_allclose(padded, alone, atol=1e-5)
@@ -110,13 +115,13 @@ def test_packed_texts_are_texts_alone(offset):
             if not packed:
                 return jnp.concatenate([apply(first[None]), apply(second[None])])
             row = jnp.concatenate([first, second, jnp.zeros(2, jnp.int32)])
-            segments = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([4, 6, 2]))
+            segments = jnp.array(np.repeat([1, 2, 0], [4, 6, 2]))
             return apply(row[None], segments[None], None, jnp.array([[0, 4]]))[0]
 
         return lambda params: (jnp.sum(jnp.sin(logits(params))), logits(params))
 
-    (_, one), wanted = jax.value_and_grad(loss(False), has_aux=True)(params)
-    (_, other), got = jax.value_and_grad(loss(True), has_aux=True)(params)
+    (_, one), wanted = jax.jit(jax.value_and_grad(loss(False), has_aux=True))(params)
+    (_, other), got = jax.jit(jax.value_and_grad(loss(True), has_aux=True))(params)
     assert jnp.abs(one[0] - one[1]).max() > 1e-2
     np.testing.assert_allclose(other, one, atol=1e-4)
     chex.assert_trees_all_close(got, wanted, rtol=1e-3, atol=1e-3)
@@ -138,7 +143,7 @@ def test_roberta_counts_positions_of_text():
     params = started(config=config).params
     assert params["embed"]["position"]["embedding"].shape == (14, 16)
     embedded = {
-        side: Bert(dataclasses.replace(config, labels=0)).apply(
+        side: jax.jit(Bert(dataclasses.replace(config, labels=0)).apply)(
             {"params": params}, padded, (padded != 1).astype(jnp.int32)
         )
         for side, padded in {
@@ -188,7 +193,8 @@ def test_levels_change_no_gradient(remat):
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-QUICK = ("adamw", "oasis", "prac", "lora")
+# VeLoRA stands for PRAC, too, which renews bases as it does and compiles for a minute.
+QUICK = ("adamw", "oasis", "velora", "lora")
 
 
 @pytest.mark.parametrize(

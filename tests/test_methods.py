@@ -18,11 +18,13 @@ from oasis_jax import OasisTrainState
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.layout import kernel_paths
 from oasis_jax.linen import OasisDense, shared_dense
+from oasis_jax.lora import Lora
 from oasis_jax.methods import METHODS, method
 from oasis_jax.models import llama
 from oasis_jax.paths import flatten_paths
 from oasis_jax.planning.memory import tree_bytes
 from oasis_jax.subspace import COLLECTION
+from oasis_jax.trackers import BlockMean, Complement, Fixed, Random
 
 WIDTH, HIDDEN, LAYERS, BATCH = 16, 24, 2, 24
 OWN = [name for name, row in METHODS.items() if not row.ablation]
@@ -93,7 +95,7 @@ Y = jnp.sin(X[:, :5])
 
 def create(name: str, model: Model) -> OasisTrainState:
     recipe = method(name)
-    rate = 3e-3 * METHODS[name].rate
+    rate = 3e-3 * METHODS[name].lr_factor
     tx = recipe.optimizer(rate, peak=rate)
 
     @jax.jit  # many small operations, compiled once
@@ -157,12 +159,13 @@ def test_trains_and_compiles_once(name):
         assert jnp.abs(gram - diagonal[..., None] * jnp.eye(p.shape[-1])).max() < 2e-3
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Of the ablations one, whose basis keeps more than a basis.
+@pytest.mark.parametrize("name", quick(METHODS, (*OWN, "oasis-gradient")))
 @pytest.mark.parametrize("kind", ["zero gradient", "zero input", "rank one"])
 def test_degenerate_batches_stay_finite(name, kind):
     state, step = prepared(name)
     x, y = {
-        "zero gradient": (X, Model().apply({"params": state.params}, X)),
+        "zero gradient": (X, jax.jit(Model().apply)({"params": state.params}, X)),
         "zero input": (jnp.zeros_like(X), Y),
         "rank one": (jnp.ones_like(X), Y),
     }[kind]
@@ -210,7 +213,7 @@ def test_bytes_of_the_state(name):
         n_in, n_out = kernels[path]
         return LAYERS * count(n_in, n_out, rank(n_in, n_out))
 
-    moments = sum(numbers(row.state, path) for path in chosen)
+    moments = sum(numbers(row.optimizer_numbers, path) for path in chosen)
     rest = {"adafactor": 1}.get(name, 2)  # everything else, in full
     moments += rest * sum(
         leaf.size
@@ -220,14 +223,14 @@ def test_bytes_of_the_state(name):
     spare = 64 + 16 * len(jax.tree.leaves(state.opt_state))  # counters, placeholders
     assert 4 * moments <= tree_bytes(state.opt_state) <= 4 * moments + spare
 
-    held = sum(numbers(row.held, path) for path in adapted)
+    held = sum(numbers(row.basis_numbers, path) for path in adapted)
     for path, place in state.bases.items():
         n_in, r = place.basis.shape[-2:]
         batch = int(np.prod(place.basis.shape[:-2]))
         shape = (
             kernels[kernel_paths(path, place.place)[0]] if place.kernels else (n_in, 0)
         )
-        held += batch * row.held(n_in, shape[1], r)
+        held += batch * row.basis_numbers(n_in, shape[1], r)
     assert tree_bytes(state.subspace) == 4 * held
 
 
@@ -293,3 +296,37 @@ def test_names_and_options_are_checked():
         ValueError, match="groups is no option of galore, whose are: interval, scale,"
     ):
         method("galore", groups=4)
+
+
+# --- What a row says of itself --------------------------------------------------------
+
+FORMS = {"coordinates": "projected", "full": "full, from P C"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_words_of_a_row_are_what_it_builds(name):
+    """The form of the gradient, when the basis moves, what is projected."""
+    row, (rules, optimizer) = METHODS[name], method(name)
+    trackers = [rule.tracker for rule in rules]
+    assert row.projected == (bool(rules) or row.gradient == "projected after the fact")
+    if not rules:
+        assert row.saves == "X"
+    elif isinstance(trackers[0], Lora):
+        assert (row.gradient, row.basis) == ("adapters", "trained")
+    else:
+        assert row.gradient == FORMS[rules[0].gradient]
+        stands = isinstance(trackers[0], Fixed) or (
+            isinstance(trackers[0], BlockMean) and trackers[0].average == "once"
+        )
+        assert (row.moved == "never") == stands
+        assert ("random" in row.basis) == isinstance(trackers[0], Random | Complement)
+    assert callable(optimizer)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_of_a_row_reach_its_recipe(name):
+    """As published they are its defaults; and what it lacks is refused by name."""
+    published = METHODS[name].published
+    assert method(name, **published).rules == method(name).rules
+    with pytest.raises(ValueError, match=f"nosuch is no option of {name}, whose are: "):
+        method(name, nosuch=1)

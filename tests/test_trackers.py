@@ -50,7 +50,7 @@ def run(tracker, basis, sigma, steps, noise=0.0):
     "dtype, n, steps",
     [
         (jnp.float32, 96, 4_000),
-        (jnp.bfloat16, 512, 400),
+        (jnp.bfloat16, 512, 150),
         pytest.param(jnp.bfloat16, 512, 10_000, marks=pytest.mark.slow),  # minutes
     ],
 )

@@ -1,55 +1,49 @@
 """`python -m train COMMAND ...`; `--help` lists commands and options."""
 
 import sys
-from types import ModuleType
-from typing import Annotated
-
-import tyro
+from collections.abc import Callable
+from typing import Any
 
 from oasis_jax.checkpoints import CheckpointError
 from oasis_jax.hf import HfError
-from train import compare, export, finetune, methods, plan, pretrain
-from train.config import (
-    Compare,
-    Export,
-    Finetune,
-    Methods,
-    Plan,
-    Pretrain,
-    UserError,
-)
-from train.text import DataError
+from oasis_jax.planning.memory import PlanError
+from oasis_jax.planning.targets import TargetError
+from train.commands import compare, export, finetune, methods, plan, pretrain
+from train.errors import DONE, INTERRUPTED, Diverged, Preempted, UserError
+from train.options.flags import parse
 
-Command = (
-    Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Methods, tyro.conf.subcommand("methods")]
-)
+ABOUT = f"""Train transformers in a subspace. COMMAND --help lists the options of a command.
 
-_MODULES: dict[type, ModuleType] = {
-    Pretrain: pretrain,
-    Finetune: finetune,
-    Export: export,
-    Compare: compare,
-    Plan: plan,
-    Methods: methods,
+Exit codes: {DONE} done, {UserError.exit_code} something that the user can mend,
+{Diverged.exit_code} training diverged, {Preempted.exit_code} asked to stop with everything
+saved, {INTERRUPTED} interrupted before that."""
+
+RUN: dict[str, Callable[[Any], None]] = {
+    "pretrain": pretrain.main,
+    "finetune": finetune.main,
+    "export": export.main,
+    "compare": compare.main,
+    "plan": plan.main,
+    "methods": methods.main,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; 0 if all went well, 1 with one sentence if not."""
+    """Runs one command; 0 if all went well, else an exit code and one sentence."""
     try:
-        config = tyro.cli(Command, args=argv, prog="python -m train")
-        return _MODULES[type(config)].main(config)
+        words = sys.argv[1:] if argv is None else argv
+        command, config = parse(words, "python -m train", ABOUT)
+        RUN[command](config)
+        return DONE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
-    except (UserError, DataError, HfError, CheckpointError) as error:
+        return INTERRUPTED
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
+    except (HfError, CheckpointError, TargetError, PlanError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from train import loop
+from train.run import loop
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,15 +26,15 @@ def killed_at(monkeypatch):
     """Runs something whose machine goes away after a step, before that is written."""
 
     def call(step: int, run) -> None:
-        real = loop._record
+        real = loop.record
 
-        def record(done, *rest):
+        def record(setup, state, done, *rest):
             if done == step:
                 raise RuntimeError("the machine went away")
-            return real(done, *rest)
+            return real(setup, state, done, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "_record", record)
+            patch.setattr(loop, "record", record)
             with pytest.raises(RuntimeError, match="went away"):
                 run()
 

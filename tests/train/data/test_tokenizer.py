@@ -1,0 +1,55 @@
+"""Text to tokens: pieces, separators, sizes and error messages."""
+
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+
+from tests.train.data.corpora import document, save_tokenizer, stream
+from train.data import tokenizer
+from train.errors import DataError
+
+
+def test_long_documents_are_encoded_in_pieces(tmp_path, load_text, monkeypatch):
+    monkeypatch.setattr(tokenizer, "PIECE", 7)
+    text = "".join(map(document, range(3))) + "no newline at the end"
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    data = load_text(tmp_path / "a.txt")
+    both = np.concatenate([stream(data, "train"), stream(data, "validation")])
+    assert bytes(both.astype(np.uint8)).decode() == text + "\0"
+
+
+@pytest.mark.parametrize("specials", [["</s>"], ["<pad>", "<|endoftext|>"], []])
+def test_tokenizer_file(folder, load_text, tmp_path, specials):
+    path = save_tokenizer(tmp_path / "tokenizer.json", specials)
+    data = load_text(folder, path, seq=28)
+    vocabulary = tokenizers.Tokenizer.from_file(path).get_vocab()
+    separator = vocabulary[specials[-1]] if specials else len(vocabulary)
+    assert data.vocab_size == len(vocabulary) + (not specials)
+    tokens = stream(data, "train")
+    lengths = np.diff(np.flatnonzero(tokens == separator))
+    assert set(lengths.tolist()) == {14}  # twelve words, one unknown, the separator
+    assert data.fingerprint != load_text(folder).fingerprint
+    row = next(data.train(1, 0))
+    assert row["segments"].max() >= 2
+
+
+def test_large_vocabularies_need_more_than_16_bits(tmp_path, folder, load_text):
+    model = tokenizers.models.WordLevel({"the": 0, "[UNK]": 70_000}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = load_text(folder, str(tmp_path / "tokenizer.json"))
+    assert data.vocab_size == 70_002
+    assert {0, 70_000, 70_001} == set(stream(data, "train").tolist())
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_tokenizer_errors(folder, load_text, tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    message = re.escape(f"tokenizer {str(path)!r} cannot be read")
+    with pytest.raises(DataError, match=message):
+        load_text(folder, str(path))

@@ -1,0 +1,1 @@
+"""Files to numpy batches; knows neither JAX nor options."""

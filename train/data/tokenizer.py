@@ -1,0 +1,142 @@
+"""Text to tokens: Hugging Face's `tokenizer.json`, or bytes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from train.errors import DataError
+
+PIECE = 1 << 20  # characters given to the tokenizer at once
+SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Coder:
+    """Text to tokens, and the token that ends a document."""
+
+    encode: Callable[[str], Sequence[int] | np.ndarray]
+    vocab_size: int
+    separator: int
+    identity: str  # goes into the fingerprint
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+
+    def document(
+        self, text: str, advance: Callable[[int], object] = lambda characters: None
+    ) -> Iterator[np.ndarray]:
+        """Yields the tokens of one document in pieces, then its separator."""
+        # A tokenizer keeps some 100 bytes per token while it works, so a book of a
+        # gigabyte goes through it in pieces. They are cut at line ends, where
+        # tokenizers split words anyway.
+        start = 0
+        while start < len(text):
+            stop = text.find("\n", start + PIECE) + 1 or len(text)
+            yield np.asarray(self.encode(text[start:stop]), self.dtype)
+            advance(stop - start)
+            start = stop
+        yield np.array([self.separator], self.dtype)
+
+
+def coder_of(path: str | None) -> Coder:
+    """Bytes for None, else the tokenizer of a `tokenizer.json`.
+
+    Raises:
+      DataError: if the file cannot be read as one.
+    """
+    if path is None:
+        return Coder(lambda text: np.frombuffer(text.encode(), np.uint8), 256, 0, "")
+    tokenizer, content = open_tokenizer(path)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    size = vocabulary_size(tokenizer)
+    found = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
+    separator = found[0] if found else size
+    return Coder(
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        max(size, separator + 1),
+        separator,
+        content,
+    )
+
+
+def open_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer of a `tokenizer.json`, and the file's content.
+
+    It neither truncates nor pads: the file may carry the limits of the model that it
+    was trained for.
+
+    Raises:
+      DataError: if the file cannot be read as one.
+    """
+    try:
+        content = Path(path).expanduser().read_text("utf-8")
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+    # The tokenizers library raises bare Exception for a malformed file.
+    except Exception as error:
+        raise DataError(
+            f"tokenizer {str(path)!r} cannot be read as a tokenizer.json: {error}"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, content
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """What `coder_of(None)` does, as a tokenizer: a token is a byte.
+
+    >>> byte_tokenizer().encode("né").ids, byte_tokenizer().decode([110, 195, 169])
+    ([110, 195, 169], 'né')
+    """
+    # As GPT-2 spells bytes: those that can be seen as they are, the others from 256 on.
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    spelled = {chr(byte): byte for byte in seen}
+    spelled |= {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(spelled, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
+def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """One more than the largest token; there may be gaps below it."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What rows must fit into.
+
+    Attributes:
+      seq: Tokens per row.
+      vocab_size: Tokens that the model's embedding has.
+      positions: Positions that the model has; None if it has no limit.
+    """
+
+    seq: int
+    vocab_size: int
+    positions: int | None = None
+
+    def check(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Holds rows, and the tokens of a tokenizer, to what the model has.
+
+        Raises:
+          DataError: if the embedding is too small, or there are too few positions.
+        """
+        size = vocabulary_size(tokenizer)
+        if size > self.vocab_size:
+            raise DataError(
+                f"the tokenizer has {size:,} tokens, but the model's embedding has only"
+                f" {self.vocab_size:,}; take the tokenizer that belongs to the model"
+            )
+        if self.positions is not None and self.seq > self.positions:
+            raise DataError(
+                f"seq {self.seq:,} exceeds the model's {self.positions:,} positions;"
+                " shorten seq"
+            )

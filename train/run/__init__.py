@@ -1,0 +1,1 @@
+"""One training run: built, trained, watched, kept; and what is told of it before."""

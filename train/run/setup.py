@@ -1,0 +1,138 @@
+"""From a model and its objective to a first state and a compiled train step."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from oasis_jax.leaves import by_pattern, unstacked
+from oasis_jax.paths import map_with_paths
+from oasis_jax.select import Selection, select
+from oasis_jax.state import OasisTrainState
+from train.errors import UserError
+from train.objectives.objective import Objective
+from train.options import Training
+
+VOCABULARY = r"(^|/)(embed/(word/)?embedding$|lm_head/)"
+"""The parameters that have a row per token of the vocabulary, and their moments."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the options describe, built but not yet compiled.
+
+    Attributes:
+      objective: The model, and what it shall make small.
+      selection: What is projected.
+      state: The first one, or its shapes.
+      schedule: The learning rate, by steps done.
+    """
+
+    objective: Objective
+    selection: Selection
+    state: OasisTrainState
+    schedule: optax.Schedule
+
+
+def set_up(
+    config: Training,
+    objective: Objective,
+    schedule: optax.Schedule,
+    *,
+    params: Any = None,
+    abstract: bool = False,
+) -> Setup:
+    """Selects what is projected, and makes the optimizer and a first state.
+
+    Args:
+      objective: Of the run.
+      schedule: Of the learning rate.
+      params: To start from; drawn by the seed if None.
+      abstract: Give the state's shapes only; nothing is computed or allocated.
+
+    Raises:
+      UserError: if the method, the rank or the pattern make no sense.
+    """
+    model = objective.model
+    init = partial(model.init, jax.random.key(config.seed))
+    try:
+        recipe = config.recipe()
+        shapes = jax.eval_shape(init, *objective.inputs)
+        # Decided on shapes, so that a wrong rank is found before anything is compiled.
+        selection = select(shapes["params"], shapes["subspace"], recipe.rules)
+        adam = dict(b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+        tx = recipe.optimizer(schedule, peak=config.lr, **adam)
+        if config.embeddings != "adamw":
+            other = {
+                "adafactor": lambda: unstacked(optax.adafactor(schedule)),
+                "frozen": optax.set_to_zero,
+            }
+            tx = by_pattern(VOCABULARY, other[config.embeddings](), tx)
+        create = partial(
+            OasisTrainState.create,
+            apply_fn=model.apply,
+            tx=optax.chain(optax.clip_by_global_norm(config.clip), tx),
+            rules=selection,
+            seed=config.seed,
+        )
+        if abstract:
+            state = jax.eval_shape(lambda p: create(params=p), shapes["params"])
+        else:
+            if params is None:
+
+                def first() -> Any:
+                    # Under jit, the initial tokens are never made.
+                    zeros = [jnp.zeros(a.shape, a.dtype) for a in objective.inputs]
+                    return init(*zeros)["params"]
+
+                params = jax.jit(first)()
+            state = create(params=params)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if config.embeddings == "frozen":
+        objective = replace(objective, loss_fn=_frozen(objective.loss_fn))
+    return Setup(objective, selection, state, schedule)
+
+
+def _frozen(loss_fn: Callable) -> Callable:
+    """The loss, of which the vocabulary's gradients are known to be zero."""
+
+    def stopped(path: str, leaf: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(leaf) if re.search(VOCABULARY, path) else leaf
+
+    def loss(variables: Any, batch: Any) -> jax.Array:
+        params = map_with_paths(stopped, variables["params"])
+        return loss_fn(variables | {"params": params}, batch)
+
+    return loss
+
+
+def train_step(setup: Setup, accumulate: int) -> Callable:
+    """One step, `(state, batch) -> (state, loss)`, not yet jitted."""
+    objective = setup.objective
+
+    def step(state: OasisTrainState, batch: Any):
+        batch = objective.prepare(batch)
+        state = state.refresh(objective.loss_fn, batch, accumulate=accumulate)
+        differentiated = state.value_and_grad(objective.loss_fn, accumulate=accumulate)
+        loss, grads = differentiated(batch)
+        return state.apply_gradients(grads), loss
+
+    return step
+
+
+def compiled_step(setup: Setup, state: OasisTrainState, accumulate: int) -> Any:
+    """The train step, compiled once and for all, with the state donated."""
+    jitted = jax.jit(train_step(setup, accumulate), donate_argnums=0)
+    return jitted.lower(state, setup.objective.batch).compile()
+
+
+def warm_start(setup: Setup, batch: Any) -> OasisTrainState:
+    """The first state, its bases turned towards a batch."""
+    loss_fn = setup.objective.loss_fn
+    return jax.jit(lambda s, b: s.warm_start(loss_fn, b))(setup.state, batch)
