@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from oasis_jax.bounds import POSITIVE
 from oasis_jax.dense import dense
 from oasis_jax.subspace import Place, Site
 from oasis_jax.trackers import Tracker
@@ -96,7 +97,7 @@ class Lora(Tracker):
     name: ClassVar[str] = "lora"
 
     def __post_init__(self):
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not POSITIVE.holds(self.alpha):
             raise ValueError(f"lora: alpha is {self.alpha}, expected a positive number")
 
     def scale(self, rank: int) -> float:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from oasis_jax.bounds import DECAY, NOT_NEGATIVE, POSITIVE, check
 from oasis_jax.lift import Step, is_step, lift
 from oasis_jax.paths import path_string
 from oasis_jax.transport import TRANSPORTS, Transport, reset, stood_still
@@ -49,7 +50,13 @@ def adam_in_coordinates(
       b1, b2, eps, transport, mu_dtype: See `scale_by_oasis_adam`.
       eps_before: Add eps to the root of the second moment before the bias correction,
         as GaLore and Online Subspace Descent do, instead of after it.
+
+    Raises:
+      ValueError: if a number makes no sense, or there is no such transport.
     """
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check(name, decay, DECAY)
+    check("eps", eps, NOT_NEGATIVE)
     move = _resolve(transport)
     resets = move is reset
 
@@ -121,7 +128,11 @@ def lift_updates(
 
     `update` takes `basis`, keyed by path; other leaves pass as they are. With `in_place`
     it makes a `Step` of each instead, which `OasisTrainState` lifts into the weights.
+
+    Raises:
+      ValueError: if the scale makes no sense.
     """
+    check("scale", scale, POSITIVE)
 
     def update(updates, state, params=None, *, basis=None, **extra_args):
         del extra_args
@@ -145,7 +156,12 @@ def lift_updates(
 def decay_weights(
     weight_decay: float, mask: Any | Callable[[optax.Params], Any] | None = None
 ) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` that knows `Step`s."""
+    """`optax.add_decayed_weights` that knows `Step`s.
+
+    Raises:
+      ValueError: if the decay makes no sense.
+    """
+    check("weight_decay", weight_decay, NOT_NEGATIVE)
 
     def leaf(update, weight):
         if is_step(update):
@@ -267,8 +283,12 @@ def oasis_adam(
       An Optax transformation whose `update` needs `params` and takes `basis` and
       `motion` (see `scale_by_oasis_adam`).
 
+    Raises:
+      ValueError: if a number makes no sense: names it, its value and what is expected.
+
     Source: OASIS (arXiv 2604.09406), optimizer step.
     """
+    check("learning_rate", learning_rate, NOT_NEGATIVE)
     return optax.chain(
         scale_by_oasis_adam(
             b1,

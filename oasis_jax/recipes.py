@@ -6,13 +6,14 @@ as published, and returns a `Recipe`. `methods.METHODS` is the table of them.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import optax
 from optax import contrib
 
+from oasis_jax.bounds import DECAY, POSITIVE, Bound, at_least, check
 from oasis_jax.gradient import side
 from oasis_jax.leaves import is_matrix, per_leaf, scale_matching, unstacked
 from oasis_jax.lora import Lora
@@ -80,20 +81,34 @@ def _with(factory: Callable, **own: Any) -> Callable[..., Any]:
 _in_place = partial(oasis_adam, in_place=True)
 
 
-def option(default: Any, about: str, *, steps: bool = False) -> Any:
+def option(
+    default: Any, about: str, bound: Bound | None = None, *, steps: bool = False
+) -> Any:
     """A field of a method's options.
 
     Args:
       default: As published.
       about: One sentence.
+      bound: What it may be, unless it is None; else the method's parts say.
       steps: Whether it counts steps, so that a short run wants a smaller number.
     """
-    return field(default=default, metadata={"about": about, "steps": steps})
+    bound = at_least(1) if steps else bound
+    facts = {"about": about, "bound": bound, "steps": steps}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The method has no options of its own."""
+    """The method has no options of its own; what those of others have in common.
+
+    Raises:
+      ValueError: if one is out of its bound; names it, its value and the bound.
+    """
+
+    def __post_init__(self):
+        for one in fields(self):
+            if one.metadata["bound"] is not None:
+                check(one.name, getattr(self, one.name), one.metadata["bound"])
 
 
 # --- Full-size optimizers -----------------------------------------------------------
@@ -151,8 +166,8 @@ def muon(where: Where, options: NoOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class OasisOptions:
-    scale: float = option(1.0, "Multiplies projected updates.")
+class OasisOptions(NoOptions):
+    scale: float = option(1.0, "Multiplies projected updates.", POSITIVE)
 
 
 def tracked(tracker: Tracker, transport: str = "carry") -> Callable[..., Recipe]:
@@ -180,7 +195,7 @@ def complement(where: Where, options: ComplementOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class PracOptions:
+class PracOptions(NoOptions):
     interval: int = option(500, "Steps between two bases.", steps=True)
     random_interval: int = option(
         500, "Steps between two random complements.", steps=True
@@ -203,7 +218,7 @@ def prac(where: Where, options: PracOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class RsoOptions:
+class RsoOptions(NoOptions):
     interval: int = option(50, "Steps between two bases.", steps=True)
     kind: Literal["gaussian", "haar"] = option(
         "gaussian", "Of the random bases: gaussian or haar."
@@ -230,10 +245,12 @@ def rso(where: Where, options: RsoOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class CompactOptions:
+class CompactOptions(NoOptions):
     interval: int = option(50, "Steps between two bases.", steps=True)
-    scale: float = option(0.25, "Multiplies projected updates.")
-    out_scale: float = option(0.5, "Multiplies o_proj's updates on top of scale.")
+    scale: float = option(0.25, "Multiplies projected updates.", POSITIVE)
+    out_scale: float = option(
+        0.5, "Multiplies o_proj's updates on top of scale.", POSITIVE
+    )
     shared: bool = option(False, "One basis for all kernels of an input.")
 
 
@@ -253,9 +270,9 @@ def compact(where: Where, options: CompactOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class VeloraOptions:
+class VeloraOptions(NoOptions):
     groups: int | None = option(None, "Sub-tokens per token, in the place of the rank.")
-    scale: float = option(1.0, "Multiplies projected gradients.")
+    scale: float = option(1.0, "Multiplies projected gradients.", POSITIVE)
     average: float | Literal["once", "batch"] = option(
         "once", "Of batches' means: once, batch, or the decay of a running mean."
     )
@@ -268,9 +285,9 @@ def velora(where: Where, options: VeloraOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class LoraOptions:
+class LoraOptions(NoOptions):
     alpha: float | None = option(
-        None, "The adapters are scaled by alpha / rank; by 1 unless given."
+        None, "The adapters are scaled by alpha / rank; by 1 unless given.", POSITIVE
     )
 
 
@@ -282,9 +299,9 @@ def lora(where: Where, options: LoraOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class GaloreOptions:
+class GaloreOptions(NoOptions):
     interval: int = option(200, "Steps between two bases.", steps=True)
-    scale: float = option(0.25, "Multiplies projected updates.")
+    scale: float = option(0.25, "Multiplies projected updates.", POSITIVE)
     base: str = option("adam", "What runs in coordinates: adam, lion or adafactor.")
 
     def arguments(self, where: Where) -> dict[str, Any]:
@@ -309,8 +326,8 @@ def osd(where: Where, options: GaloreOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class LdadamOptions:
-    rho: float = option(0.908, "Weight of the momentum in the power iteration.")
+class LdadamOptions(NoOptions):
+    rho: float = option(0.908, "Weight of the momentum in the power iteration.", DECAY)
     error_feedback: bool = option(
         True, "Whether what a projection loses is added to the next gradient."
     )
@@ -322,9 +339,9 @@ def ldadam(where: Where, options: LdadamOptions) -> Recipe:
 
 
 @dataclass(frozen=True)
-class OptaxGaloreOptions:
+class OptaxGaloreOptions(NoOptions):
     interval: int = option(200, "Steps between two bases.", steps=True)
-    scale: float = option(1.0, "Multiplies projected updates.")
+    scale: float = option(1.0, "Multiplies projected updates.", POSITIVE)
 
 
 def optax_galore(where: Where, options: OptaxGaloreOptions) -> Recipe:

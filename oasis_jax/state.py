@@ -21,6 +21,7 @@ from oasis_jax.diagnostics import Diagnostics, captured_energy, moved_share
 from oasis_jax.layout import ADAPTER, Layout
 from oasis_jax.microbatches import accumulate as accumulated
 from oasis_jax.paths import flatten_paths
+from oasis_jax.seeds import narrow
 from oasis_jax.select import DEFAULT_RULES, Rule, Selection, select
 from oasis_jax.subspace import COORDINATES, Observation, Probe, Projection
 from oasis_jax.updates import applied, as_seen, at_full_size, check_lifted
@@ -107,7 +108,7 @@ class OasisTrainState:
             or with LoRA, any will do.
           rules: Which kernels, which rank; or a `Selection` made of them. `()` projects
             nothing.
-          seed: For the bases.
+          seed: For the bases; of up to 64 bits.
 
         Raises:
           ValueError: as `select` does; or if `tx` returns updates that do not have
@@ -115,7 +116,7 @@ class OasisTrainState:
         """
         if not isinstance(rules, Selection):
             rules = select(params, {} if subspace is None else subspace, rules)
-        layout = rules.layout(params)
+        layout, seed = rules.layout(params), narrow(seed)
         sites = rules.init(jax.random.key(seed))
         trained, frozen, bases = layout.part(params, sites)
         tx = optax.with_extra_args_support(tx)

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from oasis_jax.bases import motion
+from oasis_jax.bounds import POSITIVE, check
 from oasis_jax.gradient.rules import BasisRule, ByPath
 from oasis_jax.leaves import is_matrix
 from oasis_jax.lift import lift
@@ -80,6 +81,7 @@ def project_gradients(
       ((3, 8, 2), (3, 2, 16))
     """
     _check_rank(rank)
+    check("scale", scale, POSITIVE)
     check_choice("side", side, ("smaller", "in", "out"))
     check_choice("tie", tie, ("in", "out"))
     inner = optax.with_extra_args_support(inner)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from oasis_jax.bounds import DECAY, NOT_NEGATIVE, check
 from oasis_jax.gradient.projected import (
     ProjectGradientsState as ProjectGradientsState,
 )
@@ -220,6 +221,9 @@ def ldadam(
     are part of it, so that a resumed run goes on, and in leaving the basis alone where A
     is zero.
     """
+    check("learning_rate", learning_rate, NOT_NEGATIVE)
+    check("weight_decay", weight_decay, NOT_NEGATIVE)
+    check("rho", rho, DECAY)
     return optax.chain(
         project_gradients(
             adam_in_coordinates(
@@ -240,6 +244,8 @@ def _base(base: Base, b1: float, b2: float, eps: float) -> optax.GradientTransfo
     if isinstance(base, optax.GradientTransformation):
         return base
     check_choice("base", base, ("adam", "lion", "adafactor"))
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check(name, decay, DECAY)
     if base == "adam":
         return adam_in_coordinates(b1, b2, eps, transport="keep", eps_before=True)
     if base == "lion":
@@ -270,6 +276,8 @@ def _step_then_decay(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float
 ) -> optax.GradientTransformation:
     """W <- (1 - lr wd) (W - lr U): the decay sees the updated weights."""
+    check("learning_rate", learning_rate, NOT_NEGATIVE)
+    check("weight_decay", weight_decay, NOT_NEGATIVE)
 
     def init(params):
         del params

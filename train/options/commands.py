@@ -5,20 +5,11 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from oasis_jax.bounds import POSITIVE, at_least, one_of
 from oasis_jax.methods import Recipe
 from train.data.tasks import TASKS
 from train.errors import UserError
-from train.options.fields import (
-    POSITIVE,
-    Options,
-    Role,
-    again,
-    at_least,
-    differences,
-    of_role,
-    one_of,
-    option,
-)
+from train.options.fields import Options, Role, again, differences, of_role, option
 from train.options.groups import (
     Corpus,
     Output,

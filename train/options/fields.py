@@ -3,12 +3,12 @@
 import dataclasses
 import difflib
 import enum
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from oasis_jax.bounds import Bound
 from train.errors import UserError
 
 T = TypeVar("T", bound="Options")
@@ -21,31 +21,6 @@ class Role(enum.Enum):
     METHOD = "the train step of those methods that read it"
     RUN = "the numbers of a run"
     LOOK = "where things lie and how often to look, no number"
-
-
-class Bound(NamedTuple):
-    """What a value may be: a test, and the words for it, when they are asked for."""
-
-    holds: Callable[[Any], bool]
-    words: Callable[[], str]
-
-
-def at_least(least: int) -> Bound:
-    return Bound(lambda value: value >= least, lambda: f"at least {least}")
-
-
-def one_of(names: Collection[str]) -> Bound:
-    """One of a table's keys; a row that is added later is one, too."""
-
-    def words() -> str:
-        known = " or ".join(names) if len(names) == 2 else ", ".join(names)
-        return known if len(names) == 2 else f"one of {known}"
-
-    return Bound(lambda value: value in names, words)
-
-
-POSITIVE = Bound(lambda v: math.isfinite(v) and v > 0, lambda: "a positive number")
-SHARE = Bound(lambda v: 0 <= v <= 1, lambda: "a share in [0, 1]")
 
 
 def option(

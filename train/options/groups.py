@@ -3,19 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from oasis_jax.residuals import WIDTHS
-from train.errors import UserError
-from train.options.fields import (
+from oasis_jax.bounds import (
+    DECAY,
+    NOT_NEGATIVE,
     POSITIVE,
     SHARE,
-    Options,
-    Role,
+    Bound,
     at_least,
     one_of,
-    option,
 )
+from oasis_jax.residuals import WIDTHS
+from train.errors import UserError
+from train.options.fields import Options, Role, option
 from train.options.method import MethodOptions
 
+SEED = Bound(lambda v: 0 <= v < 2**64, lambda: "at least 0 and below 2**64")
 EMBEDDINGS = ("adamw", "adafactor", "frozen")
 DTYPES = ("float32", "bfloat16")
 
@@ -46,7 +48,7 @@ class Trial(Options):
         0,
         "Of the initial weights, the order of the data and the bases.",
         Role.RUN,
-        at_least(0),
+        SEED,
     )
 
 
@@ -138,13 +140,14 @@ class Schedule(Options):
         Role.RUN,
         SHARE,
     )
-    b1: float = option(0.9, "Decay of Adam's first moment.", Role.RUN)
-    b2: float = option(0.99, "Decay of Adam's second moment.", Role.RUN)
-    weight_decay: float = option(0.0, "Decoupled, as AdamW's.", Role.RUN)
+    b1: float = option(0.9, "Decay of Adam's first moment.", Role.RUN, DECAY)
+    b2: float = option(0.99, "Decay of Adam's second moment.", Role.RUN, DECAY)
+    weight_decay: float = option(0.0, "Decoupled, as AdamW's.", Role.RUN, NOT_NEGATIVE)
     clip: float = option(
         1.0,
         "Global gradient norm at most; of projected gradients in their coordinates.",
         Role.RUN,
+        POSITIVE,
     )
 
 

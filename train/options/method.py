@@ -9,9 +9,10 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Literal
 
+from oasis_jax.bounds import Bound
 from oasis_jax.methods import METHODS, Recipe, method, row
 from train.errors import UserError
-from train.options.fields import Bound, Options, Role, at_least, flag, option
+from train.options.fields import Options, Role, flag, option
 
 
 def _flag_type(kind: Any) -> Any:
@@ -38,7 +39,7 @@ def _declared() -> list[tuple[str, Any, Any]]:
                     f" {', '.join(methods[one.name])} {kinds[one.name].__name__}"
                 )
             methods.setdefault(one.name, []).append(name)
-            bounds[one.name] = at_least(1) if one.metadata["steps"] else None
+            bounds[one.name] = one.metadata["bound"]
     return [
         (
             name,

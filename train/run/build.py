@@ -52,11 +52,12 @@ def pretraining(
     objective = next_token(
         shape, config.batch, config.seq, cross_documents=config.cross_documents
     )
+    rise = round(config.warmup * config.steps)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.lr,
-        warmup_steps=round(config.warmup * config.steps),
-        decay_steps=config.steps,
+        warmup_steps=rise,
+        decay_steps=max(config.steps, rise + 1),  # it may rise to the end
         end_value=config.lr / 10,
     )
     return set_up(config, objective, schedule, abstract=abstract)

@@ -12,6 +12,7 @@ import optax
 
 from oasis_jax.leaves import by_pattern, unstacked
 from oasis_jax.paths import map_with_paths
+from oasis_jax.seeds import narrow
 from oasis_jax.select import Selection, select
 from oasis_jax.state import OasisTrainState
 from train.errors import UserError
@@ -59,7 +60,7 @@ def set_up(
       UserError: if the method, the rank or the pattern make no sense.
     """
     model = objective.model
-    init = partial(model.init, jax.random.key(config.seed))
+    init = partial(model.init, jax.random.key(narrow(config.seed)))
     try:
         recipe = config.recipe()
         shapes = jax.eval_shape(init, *objective.inputs)

@@ -118,6 +118,33 @@ def test_what_cannot_be_read_is_one_sentence(words, first, second, capsys):
     assert said.startswith("error: ") and first in said and second in said and not out
 
 
+SENSELESS = "--clip=-1 --clip=nan --b1=-1 --b1=nan --b2=1.5 --weight-decay=-5"
+SENSELESS += " --weight-decay=nan --lr=0 --lr=inf --warmup=2 --warmup=nan --batch=0"
+SENSELESS += " --seed=-1 --seed=18446744073709551616 --stride=0 --interval=0"
+
+
+@pytest.mark.parametrize("word", SENSELESS.split())
+def test_senseless_numbers_are_refused_by_name(word, capsys):
+    name, value = word.split("=")
+    assert main(["pretrain", word]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {name} is {value[:3]}")
+    assert "expected a" in said
+
+
+METHODS_OWN = ["--scale=nan --method=oasis", "--rho=7 --method=ldadam"]
+METHODS_OWN += ["--out-scale=nan --method=compact", "--alpha=inf --method=lora"]
+
+
+@pytest.mark.parametrize("words", METHODS_OWN)
+def test_senseless_numbers_of_methods_are_refused(words, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main(["pretrain", *words.split(), f"--out={out}"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    name = words.split("=")[0]
+    assert f"{name} is" in said and "expected a" in said and not out.exists()
+
+
 def test_a_method_option_goes_anywhere_on_the_line():
     _, config = parsed("pretrain", "--interval", "7", "--method=galore", "--scale=0.5")
     assert (config.interval, config.scale, config.method) == (7, 0.5, "galore")
