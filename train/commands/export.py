@@ -68,6 +68,7 @@ def card(saved: Mapping[str, Any], folder: Path, step: int) -> str:
     for name in of_role(kind, Role.STEP, Role.METHOD, Role.RUN):
         if saved.get(name) is not None:
             lines.append(f"| {name} | {saved[name]} |")
+    measured = {k: v for k, v in measured.items() if isinstance(v, int | float)}
     if measured:
         lines += ["", "Measured on the held-out split:", ""]
         lines += [f"- {name}: {_shown(v)}" for name, v in measured.items()]

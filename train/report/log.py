@@ -128,8 +128,18 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    _replace(Path(path), json.dumps(value, indent=2, default=_plain) + "\n")
+    """Writes strict JSON; a reader sees the old file or the new one, never a part.
+
+    A number that is not finite is written as null, and if `value` is a dict, its
+    `not_finite` lists where.
+    """
+    text = json.dumps(_strict(value), indent=2, allow_nan=False)
+    _replace(Path(path), text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(Path(path).read_text())
 
 
 def _summary_writer(directory: Path, resumed_step: int | None):
@@ -145,7 +155,27 @@ def _summary_writer(directory: Path, resumed_step: int | None):
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, default=_plain) + "\n"
+    return json.dumps(_strict(record), allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """As JSON has it: null where a number is not finite, and a list of such places."""
+    absent: list[str] = []
+
+    def walk(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: walk(f"{name}/{k}" if name else k, v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(f"{name}/{i}", item) for i, item in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            absent.append(name)
+            return None
+        return value
+
+    written = walk("", json.loads(json.dumps(value, default=_plain)))
+    if absent and isinstance(written, dict):
+        written["not_finite"] = absent
+    return written
 
 
 def _plain(value: Any) -> Any:

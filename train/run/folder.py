@@ -1,5 +1,6 @@
 """A run's folder: its files, whose it is, what was best in it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,10 @@ def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def merit(record: Mapping[str, Any]) -> float:
     """What the best evaluation has most of: the score, or the least loss."""
-    return record.get("score", -record["val_loss"])
+    loss = record["val_loss"]
+    if loss is None or not math.isfinite(loss):
+        return -math.inf
+    return record.get("score", -loss)
 
 
 def best(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.planning.memory import step_memory
+from oasis_jax.seeds import narrow
 from oasis_jax.state import OasisTrainState
 from train.data.batches import Dataset
 from train.errors import Diverged, Preempted, UserError
 from train.options import Training
 from train.report.curves import energy_plot, loss_plot
-from train.report.log import MetricsLog, write_json
+from train.report.log import MetricsLog, read_json, write_json
 from train.report.progress import Bar, progress_bar
 from train.run.folder import RunFolder, best, merit, resume
 from train.run.setup import Setup, compiled_step, warm_start
@@ -43,6 +44,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains; writes everything to `config.out`; returns the summary.
 
+    A run that is resumed and has nothing left to do is left as it is.
+
     Args:
       about: The options, to be kept, with `data_fingerprint`: a run only continues on
         the same data.
@@ -57,12 +60,15 @@ def fit(
         files are as the last finished step left them.
     """
     folder, objective = RunFolder(config.out), setup.objective
-    batches = data.train(config.batch, config.seed)
+    batches = data.train(config.batch, narrow(config.seed))
     with Checkpoints(folder.checkpoints, every=config.checkpoint_every) as checkpoints:
         done, state = 0, setup.state
         # A run that was killed before its first checkpoint starts again.
         if config.resume and checkpoints.steps():
             done, state = resume(config, checkpoints, state, batches, about)
+            if done >= config.steps and folder.summary.exists():
+                console.print(f"finished   {config.out} has all of its {done} steps")
+                return read_json(folder.summary)
             console.print(f"resumed    {config.out} after step {done}")
         elif state.bases:
             start = batches.get_state()

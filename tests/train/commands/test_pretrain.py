@@ -305,6 +305,15 @@ def test_resume_with_other_options(copied, changes, sentence, capsys):
     assert before == after
 
 
+def test_a_finished_run_is_left_as_it_is(copied, capsys):
+    files = ("summary.json", "metrics.jsonl", "config.json", "loss.png")
+    before = {name: (copied.out / name).read_bytes() for name in files}
+    assert main(flags(copied)) == 0
+    out, err = capsys.readouterr()
+    assert "has all of its 2 steps" in err and "validation loss" in out
+    assert before == {name: (copied.out / name).read_bytes() for name in files}
+
+
 def test_resume_with_other_text(copied, capsys):
     """The options are those of the run, but behind the file's name is other text."""
     text = Path(copied.data)
@@ -324,7 +333,7 @@ def test_resume_with_other_text(copied, capsys):
         for method, how, quick in [
             ("oasis", "frozen", True),
             ("oasis", "adafactor", True),
-            ("lora", "frozen", True),
+            ("lora", "frozen", False),
             ("lora", "adafactor", False),
             ("galore", "frozen", False),
             ("adamw", "adafactor", False),

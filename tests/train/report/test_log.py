@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.report.log import MetricsLog, read_metrics, scalars, write_json
+from train.report.log import (
+    MetricsLog,
+    read_json,
+    read_metrics,
+    scalars,
+    write_json,
+)
 
 
 def trained(step, **extra):
@@ -24,7 +30,8 @@ def test_log_reads_back_what_was_written_and_flushes(tmp_path):
         assert log.records == read_metrics(path) == [expected]
         log({"step": 1, "val_loss": math.nan, "val_tokens": 64})
     assert read_metrics(path)[0] == expected
-    assert math.isnan(read_metrics(path)[1]["val_loss"])
+    odd = {"step": 1, "val_loss": None, "val_tokens": 64, "not_finite": ["val_loss"]}
+    assert read_metrics(path)[1] == odd
 
 
 @pytest.mark.parametrize(
@@ -88,3 +95,34 @@ def test_write_json_replaces_whole_files(tmp_path):
     write_json(path, {"loss": np.float32(0.5), "bytes": [1, 2]})
     assert json.loads(path.read_text()) == {"loss": 0.5, "bytes": [1, 2]}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def refused(word):
+    raise ValueError(f"{word} is no JSON")
+
+
+ODD = {
+    "nan": ({"step": 1, "loss": float("nan")}, ["loss"]),
+    "infinite, of numpy": ({"step": 1, "loss": np.float32("inf")}, ["loss"]),
+    "nested": ({"step": 1, "motion": {"mlp": [0.5, float("nan")]}}, ["motion/mlp/1"]),
+    "an array": ({"step": 1, "energy": np.array([1.0, -np.inf])}, ["energy/1"]),
+}
+
+
+@pytest.mark.parametrize("record, places", ODD.values(), ids=ODD)
+def test_what_is_written_is_strict_json(record, places, tmp_path):
+    """Null where a number is not finite, and a word of where; the step stays."""
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log(record)
+        assert log.records[0]["not_finite"] == places
+    write_json(tmp_path / "summary.json", record)
+    for name in ("metrics.jsonl", "summary.json"):
+        text = (tmp_path / name).read_text()
+        kept = json.loads(text, parse_constant=refused)
+        assert kept["not_finite"] == places and kept["step"] == 1
+    assert read_json(tmp_path / "summary.json") == log.records[0]
+
+
+def test_what_is_finite_has_no_such_word(tmp_path):
+    write_json(tmp_path / "a.json", {"loss": np.float32(0.5), "path": None, "n": [1]})
+    assert read_json(tmp_path / "a.json") == {"loss": 0.5, "path": None, "n": [1]}

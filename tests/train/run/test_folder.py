@@ -52,6 +52,8 @@ BEST = {
         1,
     ),
     "the first of equals": ([{"val_loss": 1.0}, {"val_loss": 1.0}], 0),
+    "what is a number": ([{"val_loss": None}, {"val_loss": 9.0}], 1),
+    "not what is none": ([{"val_loss": float("nan")}, {"val_loss": 9.0}], 1),
     "only evaluations": ([{"loss": 0.0}, {"val_loss": 1.0}], 1),
 }
 
