@@ -29,7 +29,9 @@ from oasis_jax.trackers import BlockMean, Complement, Fixed, Random
 WIDTH, HIDDEN, LAYERS, BATCH = 16, 24, 2, 24
 OWN = [name for name, row in METHODS.items() if not row.ablation]
 # One of each kind: how layers are stacked, batches cut and numbers rounded.
-QUICK = ("adamw", "oasis", "velora", "lora", "galore")
+QUICK = ("oasis", "lora", "galore")
+# PRAC renews bases as VeLoRA does, and compiles far longer.
+SOON = tuple(name for name in OWN if name != "prac")
 
 
 def quick(names, chosen=QUICK):
@@ -142,7 +144,7 @@ def equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("name", quick(METHODS, OWN))
+@pytest.mark.parametrize("name", quick(METHODS, SOON))
 def test_trains_and_compiles_once(name):
     """The loss falls, the step compiles once, a basis's columns stay orthogonal."""
     state, step = prepared(name)
@@ -160,7 +162,7 @@ def test_trains_and_compiles_once(name):
 
 
 # Of the ablations one, whose basis keeps more than a basis.
-@pytest.mark.parametrize("name", quick(METHODS, (*OWN, "oasis-gradient")))
+@pytest.mark.parametrize("name", quick(METHODS, (*SOON, "oasis-gradient")))
 @pytest.mark.parametrize("kind", ["zero gradient", "zero input", "rank one"])
 def test_degenerate_batches_stay_finite(name, kind):
     state, step = prepared(name)
@@ -175,7 +177,7 @@ def test_degenerate_batches_stay_finite(name, kind):
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", quick(OWN, SOON))
 def test_resumes_bit_for_bit(name, tmp_path):
     """Saved after two steps and restored into a fresh state, it goes on as if nothing."""
     state, step = prepared(name)

@@ -100,7 +100,12 @@ def test_run_writes_what_it_promises(small, method):
 @pytest.mark.parametrize(
     ("remat", "parts"),
     [
-        ("none", ("saved_activation", "gradient", "optimizer_state", "peak")),
+        # Quick ones of the same kind are in tests/planning/test_memory.py.
+        pytest.param(
+            "none",
+            ("saved_activation", "gradient", "optimizer_state", "peak"),
+            marks=pytest.mark.slow,
+        ),
         # Here AdamW recomputes its dense layers' inputs, too, and keeps no coefficients.
         pytest.param(
             "elementwise",
