@@ -37,10 +37,20 @@ def wheel(tmp_path_factory) -> Path:
     return made
 
 
-def text(folder: Path) -> Path:
-    file = folder / "text.txt"
-    file.write_text("a wheel that trains is worth more than one that imports " * 50)
-    return file
+def trains(python: str | Path, folder: Path, environment: dict[str, str]) -> None:
+    """Two steps on a text, from that folder."""
+    text = folder / "text.txt"
+    text.write_text("a wheel that trains is worth more than one that imports " * 50)
+    places = [f"--data={text}", f"--cache={folder}/c", f"--out={folder}/r"]
+    run = subprocess.run(
+        [python, "-m", "train", "pretrain", *TRAIN, *places],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "validation loss" in run.stdout
 
 
 def test_wheel_trains_from_another_folder(wheel, tmp_path):
@@ -53,22 +63,7 @@ def test_wheel_trains_from_another_folder(wheel, tmp_path):
         ours = {p.relative_to(ROOT) for p in (ROOT / package).rglob("*.py")}
         theirs = {p.relative_to(unpacked) for p in (unpacked / package).rglob("*.py")}
         assert theirs == ours
-    command = [sys.executable, "-m", "train", "pretrain", *TRAIN]
-    places = [
-        f"--data={text(tmp_path)}",
-        f"--cache={tmp_path}/c",
-        f"--out={tmp_path}/r",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(unpacked)}
-    run = subprocess.run(
-        [*command, *places],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "validation loss" in run.stdout
+    trains(sys.executable, tmp_path, os.environ | {"PYTHONPATH": str(unpacked)})
 
 
 @pytest.mark.slow
@@ -78,18 +73,5 @@ def test_wheel_trains_in_a_clean_environment(wheel, tmp_path):
     python = tmp_path / "clean" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", f"{wheel}[train]"]
     subprocess.run(install, check=True)
-    command = [python, "-m", "train", "pretrain", *TRAIN]
-    places = [
-        f"--data={text(tmp_path)}",
-        f"--cache={tmp_path}/c",
-        f"--out={tmp_path}/r",
-    ]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    run = subprocess.run(
-        [*command, *places],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    trains(python, tmp_path, bare)

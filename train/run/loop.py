@@ -67,8 +67,13 @@ def fit(
         if config.resume and checkpoints.steps():
             done, state = resume(config, checkpoints, state, batches, about)
             if done >= config.steps and folder.summary.exists():
-                console.print(f"finished   {config.out} has all of its {done} steps")
-                return read_json(folder.summary)
+                summary = read_json(folder.summary)
+                # Without a loss it diverged, which is to be found out again.
+                if summary["val_loss"] is not None:
+                    console.print(
+                        f"finished   {config.out} has all of its {done} steps"
+                    )
+                    return summary
             console.print(f"resumed    {config.out} after step {done}")
         elif state.bases:
             start = batches.get_state()

@@ -319,6 +319,16 @@ def test_a_finished_run_is_left_as_it_is(copied, capsys):
     assert before == {name: (copied.out / name).read_bytes() for name in files}
 
 
+def test_a_finished_run_without_a_loss_is_judged_again(copied, capsys):
+    """As one that diverged at its last step leaves it."""
+    file = copied.out / "summary.json"
+    summary = json.loads(file.read_text())
+    file.write_text(json.dumps(summary | {"val_loss": None, "diverged": True}))
+    assert main(flags(copied)) == 0
+    assert "validation loss" in capsys.readouterr().out
+    assert json.loads(file.read_text())["val_loss"] == summary["val_loss"]
+
+
 def test_resume_with_other_text(copied, capsys):
     """The options are those of the run, but behind the file's name is other text."""
     text = Path(copied.data)
