@@ -43,7 +43,7 @@ def generate(
     lengths: Array,
     *,
     new_tokens: int,
-    end: int | None = None,
+    end: int | Sequence[int] | None = None,
 ) -> Array:
     """Goes on from each prompt with the most probable token, again and again.
 
@@ -56,8 +56,8 @@ def generate(
       prompts: (B, width) int32, each row padded on the right with any tokens.
       lengths: (B,) int32, of the prompts without the padding, at least 1.
       new_tokens: How many tokens to make of each row, at least 1.
-      end: The token after which a row is over. It is in the result, and fills the rest
-        of the row.
+      end: The token after which a row is over, or several. It is in the result, and fills
+        the rest of the row.
 
     Returns:
       (B, new_tokens) int32, without the prompts. Rows do not depend on each other.
@@ -76,13 +76,13 @@ def generate(
       (2, 4)
     """
     _check(model, prompts, lengths, new_tokens)
-    # No token is -1. The number is an argument, so that no other one compiles again.
-    end = -1 if end is None else end
-    return _generate(model, new_tokens, params, prompts, lengths, end)
+    # No token is -1. The numbers are an argument, so that no other ones compile again.
+    ends = jnp.asarray(-1 if end is None else end, jnp.int32).reshape(-1)
+    return _generate(model, new_tokens, params, prompts, lengths, ends)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, new_tokens, params, prompts, lengths, end):
+def _generate(model, new_tokens, params, prompts, lengths, ends):
     batch, width = prompts.shape
 
     def advance(tokens, **options):
@@ -94,20 +94,25 @@ def _generate(model, new_tokens, params, prompts, lengths, end):
         cache=empty_cache(model.config, batch, width + new_tokens),
         read=lengths - 1,
     )
-    out = jnp.full((batch, new_tokens), end, jnp.int32).at[:, 0].set(token)
+    out = jnp.zeros((batch, new_tokens), jnp.int32).at[:, 0].set(token)
+
+    def over(tokens):
+        return jnp.any(tokens[:, None] == ends, axis=-1)
 
     def going(state):
         i, out, _ = state
-        return (i < new_tokens) & jnp.any(out[:, i - 1] != end)
+        return (i < new_tokens) & ~jnp.all(over(out[:, i - 1]))
 
     def body(state):
         i, out, cache = state
         last = out[:, i - 1]
         token, cache = advance(last[:, None], cache=cache, start=lengths + i - 1)
-        token = jnp.where(last == end, end, token)
+        token = jnp.where(over(last), last, token)
         return i + 1, out.at[:, i].set(token), cache
 
-    return jax.lax.while_loop(going, body, (1, out, cache))[1]
+    done, out, _ = jax.lax.while_loop(going, body, (1, out, cache))
+    # What is left when all rows are over repeats their ends.
+    return jnp.where(jnp.arange(new_tokens) < done, out, out[:, done - 1][:, None])
 
 
 def _check(model, prompts, lengths, new_tokens) -> None:

@@ -12,7 +12,7 @@ from train.report.log import console as standard_error
 from train.report.tables import memory_table
 from train.run import build
 from train.run.evaluation import of_state
-from train.run.folder import claim
+from train.run.folder import claim, first_begun
 from train.run.loop import fit
 from train.run.planning import plan_tuning
 
@@ -29,14 +29,22 @@ def run(config: Finetune, *, console: Console | None = None) -> dict[str, Any]:
     claim(config)
     folder = hf.resolve(config.model)
     stored = build.stored_shape(config, folder)
-    data = build.task_data(config, folder, stored, progress=console.is_terminal)
+    begun = first_begun(config)
+    data = build.task_data(
+        config, folder, stored, begun=begun, progress=console.is_terminal
+    )
     console.print(f"data       {data.description}")
     config, outputs = config.lasting(data.train_rows), build.outputs_of(config, data)
     loaded = hf.load(folder, seed=config.seed, **build.changes_of(config, outputs))
     if loaded.fresh:
         console.print(f"initialised {', '.join(loaded.fresh)}")
     setup = build.tuning(config, loaded.config, params=loaded.params)
-    beside = {"data_fingerprint": data.fingerprint, "labels": list(data.labels)}
+    beside = {
+        "data_fingerprint": data.fingerprint,
+        "labels": list(data.labels),
+        "stop_tokens": list(data.ends),
+        "begun": begun.isoformat(),
+    }
     judge = build.kind_of(config.task).judge(config, setup, data)
     return fit(
         config,

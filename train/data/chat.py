@@ -1,23 +1,20 @@
-"""Conversations as text, by the template that comes with a model."""
+"""How a model wants conversations written, by the files that come with it."""
 
 import dataclasses
-import datetime
 import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 import tokenizers
 
 from train.data.text import read_text
 from train.data.tokenizer import SEPARATORS
 from train.errors import DataError
 
-Messages = list[dict[str, Any]]
-"""Turns of a conversation; each has at least a `role` and a `content`."""
+NAMED = (
+    "bos_token eos_token unk_token sep_token pad_token cls_token mask_token"
+).split()
+"""The special tokens that a template may ask for by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,34 +22,20 @@ class Chat:
     """How a model wants conversations written; made by `read_chat`.
 
     Attributes:
-      source: The template, in Jinja's language; None if the model has none.
+      sources: Templates by name, in Jinja's language: 'default', and maybe 'tool_use' for
+        conversations with tools. Empty if the model has none.
       tokens: Special tokens by the names that templates know: `eos_token` and so on.
+      stops: Tokens that end a text besides, as the model's generation_config.json has it.
+      place: The file with the templates, for messages.
     """
 
-    source: str | None
+    sources: dict[str, str]
     tokens: dict[str, str]
-    template: jinja2.Template | None = dataclasses.field(repr=False)
-
-    def render(self, messages: Messages, place: str, *, answer: bool) -> str:
-        """Writes a conversation, and with `answer` the beginning of the next turn.
-
-        The template may ask for today's date, so the text can differ between days.
-
-        Raises:
-          DataError: if the template refuses; it says so of `place`.
-        """
-        assert self.template is not None
-        try:
-            return self.template.render(
-                messages=messages, add_generation_prompt=answer, **self.tokens
-            )
-        except Exception as error:  # a template is a program, of someone else
-            raise DataError(
-                f"{place}: the model's chat template refuses this conversation: {error}"
-            ) from error
+    stops: tuple[int, ...]
+    place: str
 
     def end(self, tokenizer: tokenizers.Tokenizer) -> int:
-        """The token that ends an answer.
+        """The token that ends an answer whose template writes none.
 
         Raises:
           DataError: if there is none.
@@ -65,7 +48,7 @@ class Chat:
             "the tokenizer has no token that ends an answer: "
             + (
                 f"none of {', '.join(SEPARATORS)}, and no eos_token in the model's"
-                " tokenizer_config.json"
+                " tokenizer_config.json or special_tokens_map.json"
                 if named is None
                 else f"the eos_token {named!r} is not in its vocabulary"
             )
@@ -73,65 +56,80 @@ class Chat:
 
 
 def read_chat(folder: Path) -> Chat:
-    """Reads `chat_template.jinja` and `tokenizer_config.json`, as far as they are there.
+    """Reads what the folder says of chats and special tokens, as transformers does.
+
+    Templates are in `chat_template.jinja` and `additional_chat_templates/`, else in
+    `tokenizer_config.json`; special tokens there and in `special_tokens_map.json`; more
+    tokens that end a text in `generation_config.json`. All may be absent.
 
     Raises:
       DataError: if one of them cannot be used.
     """
-    path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            config = dict(json.loads(read_text(path)))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is no JSON object: {error}") from error
-    tokens = {
-        name: val.get("content", "") if isinstance(val, dict) else val
-        for name, val in config.items()
-        if name.endswith("_token") and isinstance(val, str | dict)
-    }
-    source = config.get("chat_template")
-    if (file := folder / "chat_template.jinja").is_file():
-        path, source = file, read_text(file)
-    try:
-        if isinstance(source, list):
-            source = {one["name"]: one["template"] for one in source}["default"]
-        template = None if source is None else _environment().from_string(source)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"{path}: the chat template is malformed: {error}") from error
-    except KeyError as error:
-        raise DataError(f"{path}: the chat templates have no {error}") from error
-    return Chat(source, tokens, template)
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's words, for those who ask; we do not."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    """What templates expect to find, as in the transformers library."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
+    file = folder / "tokenizer_config.json"
+    config = _object(file)
+    named = {name: config.get(name) for name in NAMED}
+    # Newer folders have all in the former; where both speak, transformers goes by this.
+    mapped = _object(folder / "special_tokens_map.json")
+    legacy = "added_tokens_decoder" not in config
+    for name in NAMED:
+        if name in mapped and (legacy or named[name] is None):
+            named[name] = mapped[name]
+    tokens = {name: _token(file, name, value) for name, value in named.items()}
+    place, sources = _sources(folder, file, config.get("chat_template"))
+    return Chat(
+        sources,
+        {name: token for name, token in tokens.items() if token is not None},
+        _stops(folder / "generation_config.json"),
+        str(place),
     )
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
+def _sources(folder: Path, file: Path, stored: Any) -> tuple[Path, dict[str, str]]:
+    """The templates, and where they are from."""
+    found: dict[str, str] = {}
+    if isinstance(stored, str):
+        found = {"default": stored}
+    elif isinstance(stored, list) and all(isinstance(one, dict) for one in stored):
+        found = {str(one.get("name")): one.get("template", "") for one in stored}
+    elif stored is not None:
+        raise DataError(f"{file}: the chat template is malformed: {stored!r}")
+    if (main := folder / "chat_template.jinja").is_file():
+        file, found = main, {"default": read_text(main)}
+    for more in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[more.stem] = read_text(more)
+    if found and "default" not in found:
+        raise DataError(f"{file}: the chat templates have no 'default'")
+    for name, source in found.items():
+        if not isinstance(source, str):
+            raise DataError(
+                f"{file}: the chat template {name!r} is malformed: {source!r}"
+            )
+    return file, found
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment.filters["tojson"] = tojson  # Jinja's own escapes for HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
+def _stops(file: Path) -> tuple[int, ...]:
+    stored = _object(file).get("eos_token_id")
+    found = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(token) is int and token >= 0 for token in found):
+        raise DataError(f"{file}: expected eos_token_id to be tokens, found {stored!r}")
+    return tuple(found)
+
+
+def _token(file: Path, name: str, value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"{file}: expected {name} to be a token, found {value!r}")
+    return content
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a file of JSON; empty if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(read_text(file))
+        if not isinstance(found, dict):
+            raise ValueError(f"found {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is no JSON object: {error}") from error

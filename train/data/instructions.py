@@ -1,4 +1,4 @@
-"""Instruction tuning: questions and answers in, packed batches out.
+"""Instruction tuning: conversations in, packed batches out.
 
 The loss is on answers alone. Examples are tokenised and packed when they are loaded,
 and kept in memory; rows are then read at random, so that a batch depends on nothing
@@ -6,31 +6,31 @@ but (fingerprint, batch, seed, position).
 """
 
 import dataclasses
+import datetime
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import grain
 import numpy as np
 import tokenizers
 
 from train.data.batches import Batch, fill, shuffled, split_off
-from train.data.chat import Chat, Messages, read_chat
+from train.data.chat import read_chat
+from train.data.conversations import Conversation, Writer, said_unread
 from train.data.packing import Answered, PackedRows, pack_examples
 from train.data.tasks import TASKS
 from train.data.text import existing_file, json_objects
-from train.data.tokenizer import Limits, open_tokenizer
+from train.data.tokenizer import Limits, Spelling, Tokens, open_tokenizer
 from train.errors import DataError
 from train.report.progress import progress_bar
 
 # Part of every fingerprint: raise it whenever the rows would differ.
-_PREPARATION = 1
+_PREPARATION = 2
 _CHUNK = 1024  # examples given to the tokenizer at once
 _HELD_OUT = 512  # examples, at most
-_PAIRS = (("prompt", "completion"), ("question", "answer"))
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Instructions:
 
     A batch has `tokens` and `segments` as those of text, int32
     (batch, seq + 1), with an example as a document, and `weights`, float32
-    (batch, seq), of the targets `tokens[:, 1:]`: 1 for a token of an answer or the end
-    token after it, 0 for prompts and padding.
+    (batch, seq), of the targets `tokens[:, 1:]`: 1 for a token of an answer, of any turn,
+    or the end token after it, 0 for prompts and padding.
 
     Attributes:
-      end: The token that ends an answer.
+      ends: The tokens that end an answer: all that do in the data or in the model's
+        generation_config.json.
       metrics: What answers are judged by; see `Task`.
       train_size, validation_size: Numbers of examples.
       train_rows: Number of rows that the examples for training are packed into.
@@ -51,7 +52,7 @@ class Instructions:
     """
 
     labels: ClassVar[tuple[str, ...]] = ()  # it has none
-    end: int
+    ends: tuple[int, ...]
     metrics: tuple[str, ...]
     train_size: int
     validation_size: int
@@ -76,15 +77,19 @@ class Instructions:
     def prompts(self, count: int | None = None) -> list[tuple[list[int], str]]:
         """Returns tokens to be continued, and the right answers' text.
 
+        They are what is trained on, cut in two where the last answer begins; the answer is
+        read as a generated one is, so that a model that says it is right.
+
         Args:
           count: How many of the held-out examples, from the first; None is all.
         """
         chosen = self.rows["validation"].examples[:count]
-        return [(example.prompt.tolist(), example.answer) for example in chosen]
+        parts = ((one.tokens.tolist(), one.start) for one in chosen)
+        return [(ids[:start], self.decode(ids[start:])) for ids, start in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens, up to the end token."""
-        ids = [*itertools.takewhile(lambda token: token != self.end, map(int, ids))]
+        """The text of generated tokens, up to the first that ends it."""
+        ids = [*itertools.takewhile(lambda t: t not in self.ends, map(int, ids))]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -97,21 +102,25 @@ def load_instructions(
     eval_data: str | None = None,
     share: float = 0.05,
     seed: int = 0,
+    now: datetime.datetime | None = None,
     progress: bool = True,
 ) -> Instructions:
-    """Reads, tokenises and packs questions and answers.
+    """Reads, tokenises and packs conversations.
 
     Args:
       name: A key of `TASKS`.
       data: A `.jsonl` file. A line has `prompt` and `completion`, `question` and
-        `answer`, or `messages`: a list of {"role", "content"}, the assistant's last.
+        `answer`, or `messages`: a list of {"role", "content"}, the assistant's last;
+        every turn of the assistant is learnt. `tools`, `documents` and all other keys are
+        for the chat template, as `apply_chat_template` of transformers has it.
       model_folder: Where the model's `tokenizer.json` lies. If there is a chat template
         it writes the conversation; else a newline goes between prompt and answer.
       limits: `seq` counts predicted tokens; a row holds one more. Longer examples are
-        cut, or dropped if nothing of the answer would be left.
+        cut, or dropped if nothing of an answer would be left.
       eval_data: A file to hold out, in place of a part of `data`.
       share: The part to hold out, at most 512 examples.
       seed: Of the order in which examples are packed, and of what is held out.
+      now: What a template is told that asks for the date; by default the present.
       progress: Shows a bar while tokenising, if standard error is a terminal.
 
     Raises:
@@ -122,9 +131,11 @@ def load_instructions(
     limits.check(tokenizer)
     seq = limits.seq
     chat = read_chat(folder)
-    end = chat.end(tokenizer)
+    end, now = chat.end(tokenizer), now or datetime.datetime.now()
+    spelling = Spelling.of(tokenizer, chat.tokens.values())
+    writer = Writer(chat, [*spelling.names], now)
     files = [existing_file(file) for file in (data, eval_data) if file]
-    turns = [[*_conversations(file, chat)] for file in files]
+    turns = [[*writer.write(json_objects(file))] for file in files]
     draw = np.random.default_rng(seed)
     held = ""
     if not eval_data:
@@ -132,11 +143,12 @@ def load_instructions(
         turns = [*split_off(turns[0], size, draw)]
         held = f" (by seed {seed})"
     rows, cut, dropped = {}, 0, 0
+    reader = _Reader(tokenizer, spelling, end, bool(chat.sources))
     total = sum(map(len, turns))
     with progress_bar(total, "Tokenising", shown=progress) as bar:
         for split, part in zip(("train", "validation"), turns, strict=True):
-            whole = [*_encode(tokenizer, part, chat, end, bar.advance)]
-            kept = [example for example in whole if example.start <= seq]
+            whole = [*reader.read(part, bar.advance)]
+            kept = [example for example in whole if example.learnt[: seq + 1].any()]
             if not kept:
                 kind = {"train": "training", "validation": "held-out"}[split]
                 file = files[0 if split == "train" else -1]
@@ -148,13 +160,15 @@ def load_instructions(
             cut += sum(len(example.tokens) > seq + 1 for example in kept)
             rows[split] = pack_examples(kept, seq, draw)
     state = (_PREPARATION, seq, seed, share, content, chat)
-    digest = hashlib.sha256(repr(state).encode())
+    day = now.isoformat() if writer.dated else ""
+    digest = hashlib.sha256(repr((state, day)).encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     train, held_out = rows["train"], rows["validation"]
     used = sum(min(len(example.tokens), seq + 1) for example in train.examples)
+    unread = said_unread(writer.unread)
     return Instructions(
-        end,
+        tuple(sorted({*reader.ends, *chat.stops})),
         TASKS[name].metrics,
         len(train.examples),
         len(held_out.examples),
@@ -163,114 +177,86 @@ def load_instructions(
         f"{data}: {len(train.examples):,} training examples in {len(train):,} rows of"
         f" {seq} tokens ({used / len(train) / (seq + 1):.0%} full) and"
         f" {len(held_out.examples):,} held-out ones{held}; {cut:,} truncated, {dropped:,}"
-        " dropped for their long prompts",
+        f" dropped for their long prompts{unread and f'; {unread}'}",
         tokenizer,
         rows,
     )
 
 
-class _Conversation(NamedTuple):
-    text: str
-    boundary: int  # where the answer begins in `text`
-    prompt: str  # what a model is given to be continued
-    answer: str
+class _Reader:
+    """Conversations to tokens, and which of them are learnt.
 
+    Args:
+      end: The token that ends an answer where the conversation has none that does.
+      templated: Whether a template has written all special tokens; else the tokenizer
+        puts its own around a text.
 
-def _conversations(path: Path, chat: Chat) -> Iterator[_Conversation]:
-    for place, record in json_objects(path):
-        messages = _messages(place, record)
-        *before, last = messages
-        if chat.source is None:
-            if len(before) != 1:
-                raise DataError(
-                    f"{place}: {len(messages)} messages need a chat template, and the"
-                    " model's folder has none"
-                )
-            text = (prompt := before[0]["content"] + "\n") + last["content"]
-        else:
-            text = chat.render(messages, place, answer=False)
-            prompt = chat.render(before, place, answer=True)
-        boundary = len(prompt)
-        if not text.startswith(prompt):
-            # A template may open an answer in words that it leaves out once that is
-            # given (a thought, say), but must repeat the turns before it.
-            same = (one == other for one, other in zip(text, prompt, strict=False))
-            boundary = sum(itertools.takewhile(bool, same))
-            if boundary < len(chat.render(before, place, answer=False)):
-                raise DataError(
-                    f"{place}: the model's chat template writes the turns before an"
-                    f" answer differently once it is there: {text[boundary:][:40]!r}"
-                )
-        yield _Conversation(text, boundary, prompt, last["content"])
+    Attributes:
+      ends: The tokens that have ended a turn, so far, and `end`.
+    """
 
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        spelling: Spelling,
+        end: int,
+        templated: bool,
+    ):
+        self.ends = {end}
+        self._end, self._spelling, self._templated = end, spelling, templated
+        self._special = {tokenizer.token_to_id(token) for token in spelling.names}
 
-def _messages(place: str, record: dict[str, Any]) -> Messages:
-    """The conversation of a line."""
-    for fields in _PAIRS:
-        if all(field in record for field in fields):
-            texts = [record[field] for field in fields]
-            for field, text in zip(fields, texts, strict=True):
-                if not isinstance(text, str):
-                    raise DataError(f"{place}: {field!r} is no text but {text!r}")
-            return [
-                {"role": "user", "content": texts[0]},
-                {"role": "assistant", "content": texts[1]},
-            ]
-    if "messages" not in record:
-        raise DataError(
-            f"{place}: expected prompt and completion, question and answer, or messages,"
-            f" found {[*record]}"
-        )
-    messages = record["messages"]
-    for message in messages if isinstance(messages, list) else [messages]:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+    def read(
+        self, conversations: list[Conversation], advance: Callable[[int], object]
+    ) -> Iterator[Answered]:
+        for first in range(0, len(conversations), _CHUNK):
+            part = conversations[first : first + _CHUNK]
+            for one, tokens in zip(part, self._encoded(part), strict=True):
+                yield self._answered(one, tokens)
+            advance(len(part))
+
+    def _encoded(self, part: list[Conversation]) -> list[Tokens]:
+        texts = [one.text for one in part]
+        if self._templated:
+            return self._spelling.encode(texts, [one.spelled for one in part])
+        encoded = self._spelling.plain.encode_batch(texts)
+        return [Tokens(one.ids, one.offsets, []) for one in encoded]
+
+    def _answered(self, one: Conversation, tokens: Tokens) -> Answered:
+        ids, learnt, start = [*tokens.ids], np.zeros(len(tokens.ids) + 1, bool), 0
+        offsets = np.array(tokens.offsets, int).reshape(-1, 2)
+        stop = 0
+        for span in one.answers:
+            low, high = map(tokens.place, span)
+            # A token across the border has to be predicted: it is the answer's.
+            (inside,) = np.nonzero((offsets[:, 1] > low) & (offsets[:, 0] < high))
+            after = int(np.searchsorted(offsets[:, 1], low, side="right"))
+            start = int(inside[0]) if len(inside) else after
+            stop = int(inside[-1]) + 1 if len(inside) else start
+            if not one.marked:
+                stop = self._ended(ids, start, stop, one)
+            learnt[start:stop] = True
+        if not one.marked and (not ids[:stop] or ids[stop - 1] not in self.ends):
+            ids = [*ids[:stop], self._end]
+            learnt[stop] = True
+            stop += 1
+        ids, learnt = ids[:stop], learnt[:stop]
+        learnt[:1] = False  # nothing of its own predicts it
+        if not learnt.any():
             raise DataError(
-                f'{place}: expected messages with a "role" and a "content" of text,'
-                f" found {message!r}"
+                f"{one.place}: there is nothing to learn in this conversation"
             )
-        if message.get("role") not in _ROLES:
-            raise DataError(
-                f"{place}: role {message.get('role')!r} is none of {', '.join(_ROLES)}"
-            )
-    roles = [message["role"] for message in messages]
-    if len(roles) < 2 or roles[-1] != "assistant":
-        raise DataError(
-            f"{place}: the last of several messages must be the assistant's, found"
-            f" roles {roles}"
-        )
-    return messages
+        return Answered(np.array(ids, np.int32), learnt, start)
 
-
-def _encode(
-    tokenizer: tokenizers.Tokenizer,
-    conversations: list[_Conversation],
-    chat: Chat,
-    end: int,
-    advance: Callable[[int], object],
-) -> Iterator[Answered]:
-    # A template writes all special tokens itself.
-    special = chat.source is None
-    for first in range(0, len(conversations), _CHUNK):
-        part = conversations[first : first + _CHUNK]
-        encoded = [
-            tokenizer.encode_batch(texts, add_special_tokens=special)
-            for texts in ([one.text for one in part], [one.prompt for one in part])
-        ]
-        for conversation, whole, asked in zip(part, *encoded, strict=True):
-            ids, prompt = whole.ids, asked.ids
-            if special and prompt[-1:] == [end]:  # put after any text
-                prompt = prompt[:-1]
-            if ids[: len(prompt)] == prompt:
-                start = len(prompt)
-            else:
-                # A token across the boundary has to be predicted: it is the answer's.
-                ends = (stop > conversation.boundary for _, stop in whole.offsets)
-                start = next(itertools.compress(itertools.count(), ends), len(ids))
-            if end in ids[start:]:  # templates may go on, with a newline
-                ids = ids[: len(ids) - ids[::-1].index(end)]
-            else:
-                ids = [*ids, end]
-            tokens = np.array(ids, np.int32)
-            given = tokens[:start] if prompt == ids[:start] else np.array(prompt)
-            yield Answered(tokens, start, given, conversation.answer)
-        advance(len(part))
+    def _ended(self, ids: list[int], start: int, stop: int, one: Conversation) -> int:
+        """Where a turn is over: a template may go on after its end, with a newline."""
+        turn = ids[start:stop]
+        if self._end in turn:
+            return stop - turn[::-1].index(self._end)
+        for i in reversed(range(start, stop)):
+            if ids[i] in self._special:
+                self.ends.add(ids[i])
+                return i + 1
+            if self._spelling.plain.decode([ids[i]]).strip():
+                break
+        return stop

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import grain
 import numpy as np
@@ -61,6 +62,7 @@ class Labelled:
     fingerprint: str
     description: str
     rows: dict[str, "_Rows"] = dataclasses.field(repr=False)
+    ends: ClassVar[tuple[int, ...]] = ()  # nothing is generated
 
     def train(self, batch: int, seed: int) -> grain.DatasetIterator[Batch]:
         """Returns endless batches, shuffled by `seed` and anew in each epoch."""

@@ -62,19 +62,17 @@ def pack_shuffled(
 
 
 class Answered(NamedTuple):
-    """A prompt and its answer.
+    """A conversation in tokens.
 
     Attributes:
-      tokens: Both, and the end token; int32.
-      start: The first token of the answer.
-      prompt: The prompt's tokens as they are before there is an answer.
-      answer: The answer's text.
+      tokens: All of it; int32.
+      learnt: Which of them are targets; bool, never the first.
+      start: Where the last answer begins.
     """
 
     tokens: np.ndarray
+    learnt: np.ndarray
     start: int
-    prompt: np.ndarray
-    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +100,7 @@ class PackedRows:
             tokens[start:stop] = example.tokens[: stop - start]
             segments[start:stop] = segment
             # Token i is the target at i - 1; a document's first one is never one.
-            weights[start + max(1, example.start) - 1 : stop - 1] = 1
+            weights[start : stop - 1] = example.learnt[1 : stop - start]
             start = stop
         return {"tokens": tokens, "segments": segments, "weights": weights}
 

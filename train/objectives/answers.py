@@ -39,7 +39,7 @@ def answered(
     *,
     batch: int,
     new_tokens: int,
-    end: int,
+    ends: Sequence[int],
 ) -> list[dict[str, str]]:
     """What the model answers to those prompts that leave room for an answer.
 
@@ -48,7 +48,7 @@ def answered(
       decode: Tokens to text, up to the end token.
       batch: Prompts at a time.
       new_tokens: Most tokens of an answer.
-      end: The token that ends one.
+      ends: Tokens that end one.
 
     Returns:
       The text of `prompt`, `answer` and `reference`, for each.
@@ -62,7 +62,7 @@ def answered(
     said: list[str] = []
     for start in range(0, len(asked), batch):
         part = pad([prompt for prompt, _ in asked[start : start + batch]])
-        rows = generate(model, params, *part, new_tokens=new_tokens, end=end)
+        rows = generate(model, params, *part, new_tokens=new_tokens, end=ends)
         said += [decode(row) for row in np.asarray(rows).tolist()]
     return [
         dict(prompt=decode(prompt), answer=answer, reference=reference)

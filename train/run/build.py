@@ -1,5 +1,6 @@
 """From options to a set-up run: of a preset, of a Hugging Face folder, of a saved run."""
 
+import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +155,7 @@ class Kind:
 
     Attributes:
       model: The Flax module that it takes.
-      load: `load(config, folder, limits, outputs, progress)`: its examples.
+      load: `load(config, folder, limits, outputs, begun, progress)`: its examples.
       objective: `objective(config, shape)`.
       judge: `judge(config, setup, data)`.
     """
@@ -166,8 +167,14 @@ class Kind:
 
 
 def _load_labelled(
-    config: Finetune, folder: Path, limits: Limits, outputs: int | None, progress: bool
+    config: Finetune,
+    folder: Path,
+    limits: Limits,
+    outputs: int | None,
+    begun: datetime.datetime,
+    progress: bool,
 ) -> Labelled:
+    del begun
     text = (
         (config.text,) if config.text_pair is None else (config.text, config.text_pair)
     )
@@ -187,7 +194,12 @@ def _load_labelled(
 
 
 def _load_instructions(
-    config: Finetune, folder: Path, limits: Limits, outputs: None, progress: bool
+    config: Finetune,
+    folder: Path,
+    limits: Limits,
+    outputs: None,
+    begun: datetime.datetime,
+    progress: bool,
 ) -> Instructions:
     return load_instructions(
         config.task,
@@ -196,6 +208,7 @@ def _load_instructions(
         limits,
         eval_data=config.eval_data,
         seed=config.seed,
+        now=begun,
         progress=progress,
     )
 
@@ -222,13 +235,19 @@ def kind_of(task: str) -> Kind:
 
 
 def task_data(
-    config: Finetune, folder: Path, shape: Any, *, progress: bool
+    config: Finetune,
+    folder: Path,
+    shape: Any,
+    *,
+    begun: datetime.datetime,
+    progress: bool,
 ) -> Labelled | Instructions:
     """Reads and tokenises the task's data.
 
     Args:
       folder: Of the model, whose tokenizer it takes.
       shape: The model's config, as it is stored.
+      begun: When the run began, for templates that write the date.
       progress: Shows a bar.
 
     Raises:
@@ -236,7 +255,7 @@ def task_data(
     """
     limits = Limits(config.seq, shape.vocab_size, shape.positions)
     outputs = getattr(shape, "labels", 0) or None
-    return kind_of(config.task).load(config, folder, limits, outputs, progress)
+    return kind_of(config.task).load(config, folder, limits, outputs, begun, progress)
 
 
 def outputs_of(config: Finetune, data: Labelled | Instructions) -> int:

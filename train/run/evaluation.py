@@ -60,7 +60,7 @@ def judge_answers(config: Finetune, setup: Setup, data: Instructions) -> Judge:
             data.decode,
             batch=config.batch,
             new_tokens=config.new_tokens,
-            end=data.end,
+            ends=data.ends,
         )
         if not lines:
             return result

@@ -1,5 +1,6 @@
 """A run's folder: its files, whose it is, what was best in it."""
 
+import datetime
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.state import OasisTrainState
 from train.errors import UserError
 from train.options import Training
+from train.report.log import read_json
 
-BESIDE = ("data_fingerprint", "vocab_size", "labels", "outputs")
+BESIDE = (
+    *("data_fingerprint", "vocab_size", "labels", "outputs"),
+    *("stop_tokens", "begun"),
+)
 """What is saved with a run's options and is none."""
 
 
@@ -84,6 +89,19 @@ def claim(config: Training) -> RunFolder:
     if config.resume and not folder.checkpoints.is_dir():
         raise UserError(f"--resume: there is no run in --out {out}")
     return folder
+
+
+def first_begun(config: Training) -> datetime.datetime:
+    """When the run was begun, or now.
+
+    A template may write the date into prompts, which shall stay as they are.
+    """
+    file = RunFolder(config.out).config
+    if config.resume and file.exists():
+        begun = read_json(file).get("begun")
+        if begun is not None:
+            return datetime.datetime.fromisoformat(begun)
+    return datetime.datetime.now()
 
 
 def resume(
