@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from oasis_jax.lora import Adapter, Lora
-from oasis_jax.paths import Outline
+from oasis_jax.paths import Outline, flatten_paths
 from oasis_jax.subspace import (
     COLLECTION,
     COORDINATES,
@@ -167,6 +167,21 @@ class Layout:
             site: _probe(projection, columns.get(site, ()))
             for site, projection in bases.items()
         }
+
+    def former_paths(self, bases: Mapping[str, Projection]) -> dict[str, str]:
+        """What older checkpoints call a state's leaves, by their paths now.
+
+        They had the parameters and the model's collection, adapters included, where there
+        are `trained`, `frozen` and `bases`.
+        """
+        then = {f"trained/{path}": f"params/{path}" for path in self.params.paths}
+        then |= {f"bases/{path}": f"subspace/{path}" for path in flatten_paths(bases)}
+        for kernel in self.of_form(ADAPTER):
+            then[f"frozen/{kernel.path}"] = f"params/{kernel.path}"
+            for half in ("a", "b"):
+                now = f"trained/{kernel.path}/{half}"
+                then[now] = f"subspace/{kernel.site}/{half}/{kernel.index}"
+        return then
 
 
 def _form(place: Place) -> str:

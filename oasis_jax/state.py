@@ -19,8 +19,8 @@ from jax import Array
 from oasis_jax.advance import advance, due, renew
 from oasis_jax.diagnostics import Diagnostics, captured_energy, moved_share
 from oasis_jax.layout import ADAPTER, Layout
+from oasis_jax.microbatches import Part, as_mean
 from oasis_jax.microbatches import accumulate as accumulated
-from oasis_jax.paths import flatten_paths
 from oasis_jax.seeds import narrow
 from oasis_jax.select import DEFAULT_RULES, Rule, Selection, select
 from oasis_jax.subspace import COORDINATES, Observation, Probe, Projection
@@ -187,25 +187,37 @@ class OasisTrainState:
     # --- One step ---------------------------------------------------------------------
 
     def value_and_grad(
-        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+        self,
+        loss_fn: Callable,
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+        weighted: bool = False,
     ) -> Callable:
         """Like `jax.value_and_grad(loss_fn)`, with projected gradients.
 
         Args:
           loss_fn: `loss_fn(variables, *args)`, where `variables` holds the collections
             `params` and `subspace`, ready for `apply_fn(variables, ...)`. A mean over
-            the batch.
+            the rows of the batch, all of which count the same; else see `weighted`.
           has_aux: Whether it returns `(loss, aux)`.
-          accumulate: Number of microbatches into which the leading axis of every
-            array in `args` is cut. Losses and gradients are averaged in float32, so the
-            result is that of the whole batch; `aux` comes back stacked.
+          accumulate: Number of microbatches into which the leading axis of every array
+            in `args` is cut. Losses and gradients are averaged in float32, so the result
+            is that of the whole batch; `aux` comes back stacked. What has no axis goes
+            to each whole, but a typed PRNG key is folded with its number.
+          weighted: Whether `loss_fn` returns, in place of a mean, `(total, weight)`: a
+            sum over what counts (tokens that are no padding, say), and their count or
+            sum of weights, a constant. Loss and gradients are those of the sum of totals
+            over the sum of weights, however unevenly microbatches share what counts (a
+            mean of their means is another loss), and zero if nothing does. Observations
+            stay means over all rows.
 
         Returns:
           A function of `*args` that returns `(loss, Gradients)`, or
           `((loss, aux), Gradients)`.
 
         Raises:
-          ValueError: if a batch does not divide into the microbatches.
+          ValueError: as `microbatches.accumulate` and `microbatches.as_mean` do.
         """
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}, expected at least 1")
@@ -217,18 +229,23 @@ class OasisTrainState:
 
         def differentiated(free, probes, *args):
             variables = layout.variables(weights | free, self.frozen, probes)
-            return loss_fn(variables, *args)
+            loss, weight, aux = as_mean(loss_fn(variables, *args), weighted, has_aux)
+            return loss, (weight, aux)
 
-        grad_fn = jax.value_and_grad(differentiated, argnums=(0, 1), has_aux=has_aux)
+        grad_fn = jax.value_and_grad(differentiated, argnums=(0, 1), has_aux=True)
 
-        def once(*args):
-            value, (grads, seen) = grad_fn(free, self._probes, *args)
+        def once(*args) -> Part:
+            (loss, (weight, aux)), (grads, seen) = grad_fn(free, self._probes, *args)
             coordinates = {path: probe.coordinates for path, probe in seen.items()}
             params = layout.params.join(grads | layout.by_kernel(coordinates))
             observations = {path: probe.observation for path, probe in seen.items()}
-            return value, Gradients(params, observations)
+            return Part((loss, params), observations, weight, aux)
 
-        return lambda *args: accumulated(once, args, accumulate, has_aux)
+        def value_and_gradients(*args):
+            (loss, params), seen, _, aux = accumulated(once, args, accumulate)
+            return ((loss, aux) if has_aux else loss), Gradients(params, seen)
+
+        return value_and_gradients
 
     def apply_gradients(self, grads: Gradients) -> "OasisTrainState":
         """One optimizer step, then one move of the bases.
@@ -263,6 +280,8 @@ class OasisTrainState:
             motion=layout.by_kernel(motions),
         )
         finite = _all_finite((grads, bases))
+        # So that the state keeps its dtypes when weights are bfloat16.
+        wide = optax.tree.cast(grads.params, jnp.float32)
         return replace(
             self,
             step=self.step + 1,
@@ -273,7 +292,7 @@ class OasisTrainState:
                 finite,
                 captured_energy=captured_energy(self.bases, grads.observations),
                 motion=moved_share(motions),
-                gradient_norm=optax.tree.norm(_wide(grads.params)),
+                gradient_norm=optax.tree.norm(wide),
             ),
         )
 
@@ -285,7 +304,12 @@ class OasisTrainState:
     # --- From a whole batch -----------------------------------------------------------
 
     def warm_start(
-        self, loss_fn: Callable, *args: Any, iterations: int = 4, accumulate: int = 1
+        self,
+        loss_fn: Callable,
+        *args: Any,
+        iterations: int = 4,
+        accumulate: int = 1,
+        weighted: bool = False,
     ) -> "OasisTrainState":
         """Turns the bases towards one batch's activations, before the first step.
 
@@ -293,15 +317,19 @@ class OasisTrainState:
         iteration on the batch's X^T X. Only bases change.
 
         Args:
-          loss_fn, args, accumulate: As for `value_and_grad`.
+          loss_fn, args, accumulate, weighted: As for `value_and_grad`.
           iterations: How many; each costs a forward pass.
         """
         every = dict.fromkeys(self.bases, jnp.asarray(True))
-        bases = self._renewed(every, iterations, loss_fn, args, accumulate)
+        bases = self._renewed(every, iterations, loss_fn, args, accumulate, weighted)
         return replace(self, bases=bases)
 
     def refresh(
-        self, loss_fn: Callable, *args: Any, accumulate: int = 1
+        self,
+        loss_fn: Callable,
+        *args: Any,
+        accumulate: int = 1,
+        weighted: bool = False,
     ) -> "OasisTrainState":
         """Renews the bases that are due from this step's batch, before it is used.
 
@@ -313,26 +341,28 @@ class OasisTrainState:
             state = state.apply_gradients(grads)
 
         Args:
-          loss_fn, args, accumulate: As for `value_and_grad`.
+          loss_fn, args, accumulate, weighted: As for `value_and_grad`.
         """
         which = due(self.bases, self.step)
         if not which:
             return self
         passes = max(self.bases[path].tracker.passes for path in which)
+        how = (accumulate, weighted)
         bases = jax.lax.cond(
             jnp.any(jnp.stack(list(which.values()))),
-            lambda: self._renewed(which, passes, loss_fn, args, accumulate),
+            lambda: self._renewed(which, passes, loss_fn, args, *how),
             lambda: self.bases,
         )
         return replace(self, bases=bases)
 
-    def _renewed(self, which, passes: int, loss_fn: Callable, args, accumulate: int):
+    def _renewed(self, which, passes: int, loss_fn, args, accumulate, weighted):
         """The bases after `passes` renewals of those in `which`."""
         layout, weights, probes = self.layout, self._weights, self._probes
 
         def loss(probes, *args):
-            value = loss_fn(layout.variables(weights, self.frozen, probes), *args)
-            return value[0] if isinstance(value, tuple) else value
+            variables = layout.variables(weights, self.frozen, probes)
+            mean, weight, _ = as_mean(loss_fn(variables, *args), weighted)
+            return mean, weight
 
         def iterate(i, bases):
             here = {p: replace(probes[p], basis=b.basis) for p, b in bases.items()}
@@ -341,15 +371,15 @@ class OasisTrainState:
             # backward.
             turned = [path for path, p in bases.items() if p.gram is not None]
 
-            def observe(*micro):
-                seen = jax.grad(loss)(here, *micro)
+            def observe(*micro) -> Part:
+                seen, weight = jax.grad(loss, has_aux=True)(here, *micro)
                 observations = {path: probe.observation for path, probe in seen.items()}
-                return None, (observations, {p: seen[p].coordinates for p in turned})
+                coordinates = {path: seen[path].coordinates for path in turned}
+                return Part(coordinates, observations, weight)
 
-            _, seen = accumulated(observe, args, accumulate)
-            observations, coordinates = seen
+            seen = accumulated(observe, args, accumulate)
             key = jax.random.fold_in(self._key, i)
-            new = renew(bases, observations, coordinates, key, which)
+            new = renew(bases, seen.observed, seen.counted, key, which)
             return _choose(_all_finite((seen, new)), new, bases)
 
         return jax.lax.fori_loop(0, passes, iterate, self.bases)
@@ -357,26 +387,8 @@ class OasisTrainState:
     # --- Checkpoints ------------------------------------------------------------------
 
     def former_paths(self) -> dict[str, str]:
-        """What older checkpoints call this state's leaves, by their paths now.
-
-        `Checkpoints.restore` asks for it. They had the parameters and the model's
-        collection, adapters included, where there are `trained`, `frozen` and `bases`.
-        """
-        then = {
-            f"trained/{path}": f"params/{path}" for path in self.layout.params.paths
-        }
-        then |= {f"bases/{p}": f"subspace/{p}" for p in flatten_paths(self.bases)}
-        for kernel in self.layout.of_form(ADAPTER):
-            then[f"frozen/{kernel.path}"] = f"params/{kernel.path}"
-            for half in ("a", "b"):
-                now = f"trained/{kernel.path}/{half}"
-                then[now] = f"subspace/{kernel.site}/{half}/{kernel.index}"
-        return then
-
-
-def _wide(tree: Any) -> Any:
-    """In float32, so that the state keeps its dtypes when weights are bfloat16."""
-    return optax.tree.cast(tree, jnp.float32)
+        """As of its layout; `Checkpoints.restore` asks for it."""
+        return self.layout.former_paths(self.bases)
 
 
 def _choose(condition: Array, new: Any, old: Any) -> Any:

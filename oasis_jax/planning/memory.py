@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from oasis_jax.compat import lowering_for, saved_residuals
+from oasis_jax.microbatches import arrays_of, as_mean, shape_of_part
 from oasis_jax.planning import targets
 from oasis_jax.state import OasisTrainState
 from oasis_jax.subspace import COLLECTION
@@ -168,48 +169,54 @@ def step_memory(
     *args: Any,
     compiled: jax.stages.Compiled,
     accumulate: int = 1,
+    weighted: bool = False,
 ) -> dict[str, int]:
     """What one train step needs, by part.
 
     Args:
-      state, loss_fn, args, accumulate: Those of the step.
+      state, loss_fn, args, accumulate, weighted: Those of the step.
       compiled: The step, lowered and compiled with the state donated.
 
     Returns:
       What `step_parts` counts, and `peak`: all that the compiled step holds, which is
       not their sum, since buffers are shared in time and scratch space is added.
     """
-    counted = step_parts(state, loss_fn, *args, accumulate=accumulate)
+    how: Any = dict(accumulate=accumulate, weighted=weighted)
+    counted = step_parts(state, loss_fn, *args, **how)
     return counted | {"peak": compiled_bytes(compiled)}
 
 
 def step_parts(
-    state: OasisTrainState, loss_fn: Callable, *args: Any, accumulate: int = 1
+    state: OasisTrainState,
+    loss_fn: Callable,
+    *args: Any,
+    accumulate: int = 1,
+    weighted: bool = False,
 ) -> dict[str, int]:
     """The parts of one train step, counted; nothing is compiled.
 
     Args:
-      state, loss_fn, args, accumulate: Those of the step; shapes are enough.
+      state, loss_fn, args, accumulate, weighted: Those of the step; shapes are enough.
 
     Returns:
       Bytes of `weights`, `gradients`, `optimizer_state`, `bases` and
       `saved_activations` (of one microbatch).
     """
-    micro = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            (a.shape[0] // accumulate, *a.shape[1:]), a.dtype
-        ),
-        args,
-    )
+    arrays, put = arrays_of(args)
+    micro = [shape_of_part(leaf, accumulate) for leaf in arrays]
+
+    def mean(variables, *own):
+        return as_mean(loss_fn(variables, *put([*own])), weighted)[0]
+
     _, grads = jax.eval_shape(
         # The state is an argument, for it may itself be shapes only.
-        lambda state, *micro: state.value_and_grad(_value_of(loss_fn))(*micro),
+        lambda state, *micro: state.value_and_grad(mean)(*micro),
         state,
         *micro,
     )
 
-    def loss(params, probe, *args):
-        return _value_of(loss_fn)({"params": params, COLLECTION: probe}, *args)
+    def loss(params, probe, *own):
+        return mean({"params": params, COLLECTION: probe}, *own)
 
     params, probed = jax.eval_shape(lambda state: (state.params, state.probed), state)
     kept = saved_activations(loss, params, probed, *micro)
@@ -220,11 +227,3 @@ def step_parts(
         "bases": tree_bytes(state.subspace),
         "saved_activations": tree_bytes(kept),
     }
-
-
-def _value_of(loss_fn: Callable) -> Callable:
-    def value(*args):
-        result = loss_fn(*args)
-        return result[0] if isinstance(result, tuple) else result
-
-    return value
