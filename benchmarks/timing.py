@@ -243,11 +243,13 @@ class Step:
         )
         self._batch = {
             "tokens": jnp.asarray(tokens, jnp.int32),
-            "segments": jnp.zeros(shape["segments"].shape, jnp.int32),
+            "segments": jnp.ones(shape["segments"].shape, jnp.int32),
         }
         self.measured = Measured(
             took,
-            step_memory(setup.state, loss_fn, shape, compiled=self._compiled),
+            step_memory(
+                setup.state, loss_fn, shape, compiled=self._compiled, weighted=True
+            ),
             model_flops(model, batch=workload.batch, seq=workload.seq),
             machine(),
         )

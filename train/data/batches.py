@@ -13,7 +13,8 @@ Batch = dict[str, np.ndarray]
 """Arrays by name, whose first axis counts rows. Of text `tokens` and `segments`, both
 int32 (batch, seq + 1): inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`. `segments`
 numbers the documents of a row from 1 (0 is padding); a separator belongs to the document it
-ends, and attention must not cross from one segment to another.
+ends, and neither attention nor loss crosses from one segment to another: a document's
+first token is no target, and its separator is one, once.
 """
 
 

@@ -1,6 +1,7 @@
 """An answer to every prompt."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 
 from oasis_jax.models.generate import generate, pad
 from oasis_jax.models.llama import Llama, LlamaConfig
-from train.objectives.objective import Objective, integers, weighted
+from train.objectives.objective import Objective, integers
 from train.objectives.text import token_loss
 
 
@@ -22,13 +23,10 @@ def answers(shape: LlamaConfig, batch: int, seq: int) -> Objective:
     """
     model = Llama(shape)
 
-    def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        return token_loss(model, variables, batch) / batch["weights"].size
-
     row = integers(batch, seq + 1)
     weights = jax.ShapeDtypeStruct((batch, seq), jnp.float32)
     shapes = {"tokens": row, "segments": row, "weights": weights}
-    return Objective(model, (integers(batch, seq),), shapes, loss_fn, weighted)
+    return Objective(model, (integers(batch, seq),), shapes, partial(token_loss, model))
 
 
 def answered(

@@ -12,7 +12,7 @@ import optax
 
 from oasis_jax.models.bert import Bert, BertConfig
 from train.objectives.metrics import metrics
-from train.objectives.objective import Objective, integers, weighted
+from train.objectives.objective import Counted, Objective, integers
 
 
 def labels(shape: BertConfig, batch: int, seq: int, slots: int) -> Objective:
@@ -33,11 +33,12 @@ def labels(shape: BertConfig, batch: int, seq: int, slots: int) -> Objective:
         "weights": number,
     }
 
-    def loss_fn(variables: Any, batch: Any) -> jax.Array:
+    def loss_fn(variables: Any, batch: Any) -> Counted:
         losses = _losses(_outputs(model, variables, batch), batch["labels"])
-        return jnp.mean(losses * batch["weights"])
+        weights = batch["weights"]
+        return jnp.sum(losses * weights), jnp.sum(weights)
 
-    return Objective(model, (row,), shapes, loss_fn, weighted)
+    return Objective(model, (row,), shapes, loss_fn)
 
 
 def scores(

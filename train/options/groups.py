@@ -182,8 +182,9 @@ class Shape(Options):
     preset: str = option("llama-tiny", "Shape of the model.", Role.STEP)
     cross_documents: bool = option(
         False,
-        "Let tokens attend to earlier documents in their row. Without a mask to build,"
-        " attention takes less memory and time on a GPU.",
+        "Let tokens attend to earlier documents in their row, and count the first token"
+        " of a document as predicted from the one before, as it does not otherwise."
+        " Without a mask to build, attention takes less memory and time on a GPU.",
         Role.STEP,
     )
 

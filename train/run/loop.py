@@ -90,6 +90,7 @@ def fit(
             objective.batch,
             compiled=step,
             accumulate=config.accumulate,
+            weighted=True,
         )
         describe(console, config, setup, parts, title)
         log = MetricsLog(

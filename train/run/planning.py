@@ -159,9 +159,8 @@ def compile_step(
         target=target,
         name=name,
     )
-    counted = memory.step_parts(
-        setup.state, objective.loss_fn, objective.batch, accumulate=accumulate
-    )
+    how: Any = dict(accumulate=accumulate, weighted=True)
+    counted = memory.step_parts(setup.state, objective.loss_fn, objective.batch, **how)
     parts = {name: counted[name] for name in PARTS}
     parts["workspace"] = max(0, needs.peak_bytes - sum(parts.values()))
     return needs, parts

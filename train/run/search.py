@@ -86,9 +86,8 @@ def candidates(variant: Plan) -> list[Candidate]:
     smallest = replace(variant, batch=variant.accumulate)
     setup = build.pretraining(smallest.training(), abstract=True)
     objective, model = setup.objective, cast(Any, setup.objective.model)
-    parts = memory.step_parts(
-        setup.state, objective.loss_fn, objective.batch, accumulate=variant.accumulate
-    )
+    how: Any = dict(accumulate=variant.accumulate, weighted=True)
+    parts = memory.step_parts(setup.state, objective.loss_fn, objective.batch, **how)
     saved = parts.pop("saved_activations")
     # The gradient of the logits, and one more copy of them, in float32.
     logits = 2 * 4 * variant.seq * model.config.vocab_size

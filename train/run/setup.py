@@ -16,7 +16,7 @@ from oasis_jax.seeds import narrow
 from oasis_jax.select import Selection, select
 from oasis_jax.state import OasisTrainState
 from train.errors import UserError
-from train.objectives.objective import Objective
+from train.objectives.objective import Counted, Objective
 from train.options import Training
 
 VOCABULARY = r"(^|/)(embed/(word/)?embedding$|lm_head/)"
@@ -106,7 +106,7 @@ def _frozen(loss_fn: Callable) -> Callable:
     def stopped(path: str, leaf: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(leaf) if re.search(VOCABULARY, path) else leaf
 
-    def loss(variables: Any, batch: Any) -> jax.Array:
+    def loss(variables: Any, batch: Any) -> Counted:
         params = map_with_paths(stopped, variables["params"])
         return loss_fn(variables | {"params": params}, batch)
 
@@ -115,13 +115,12 @@ def _frozen(loss_fn: Callable) -> Callable:
 
 def train_step(setup: Setup, accumulate: int) -> Callable:
     """One step, `(state, batch) -> (state, loss)`, not yet jitted."""
-    objective = setup.objective
+    loss_fn = setup.objective.loss_fn
+    how: Any = dict(accumulate=accumulate, weighted=True)
 
     def step(state: OasisTrainState, batch: Any):
-        batch = objective.prepare(batch)
-        state = state.refresh(objective.loss_fn, batch, accumulate=accumulate)
-        differentiated = state.value_and_grad(objective.loss_fn, accumulate=accumulate)
-        loss, grads = differentiated(batch)
+        state = state.refresh(loss_fn, batch, **how)
+        loss, grads = state.value_and_grad(loss_fn, **how)(batch)
         return state.apply_gradients(grads), loss
 
     return step
@@ -136,4 +135,8 @@ def compiled_step(setup: Setup, state: OasisTrainState, accumulate: int) -> Any:
 def warm_start(setup: Setup, batch: Any) -> OasisTrainState:
     """The first state, its bases turned towards a batch."""
     loss_fn = setup.objective.loss_fn
-    return jax.jit(lambda s, b: s.warm_start(loss_fn, b))(setup.state, batch)
+
+    def start(state: OasisTrainState, batch: Any) -> OasisTrainState:
+        return state.warm_start(loss_fn, batch, weighted=True)
+
+    return jax.jit(start)(setup.state, batch)
