@@ -100,6 +100,21 @@ def unstacked(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def matching(pattern: str) -> Callable[[Any], Any]:
+    """A mask for Optax: whether the regular expression matches a leaf's path.
+
+    Example:
+      >>> from oasis_jax import oasis_adam
+      >>> kernels = matching(r"(^|/)kernel(/|$)")
+      >>> kernels({"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+      {'up': {'bias': False, 'kernel': True}}
+      >>> tx = oasis_adam(1e-3, weight_decay=0.1, mask=kernels)
+    """
+    return lambda tree: map_with_paths(
+        lambda path, _: re.search(pattern, path) is not None, tree
+    )
+
+
 def scale_matching(pattern: str, factor: float) -> optax.GradientTransformation:
     """Multiplies the updates of the leaves whose path the regular expression matches.
 

@@ -6,8 +6,6 @@ each call (`basis=`, keyed by the kernel's path), so nothing here knows about ra
 or models, and a tree without projected leaves gets ordinary AdamW.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +14,8 @@ import optax
 from jax import Array
 
 from oasis_jax.bounds import DECAY, NOT_NEGATIVE, POSITIVE, check
-from oasis_jax.lift import Step, is_step, lift
+from oasis_jax.decay import Mask, decay_weights
+from oasis_jax.lift import Step, lift
 from oasis_jax.paths import path_string
 from oasis_jax.transport import TRANSPORTS, Transport, reset, stood_still
 
@@ -153,39 +152,6 @@ def lift_updates(
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def decay_weights(
-    weight_decay: float, mask: Any | Callable[[optax.Params], Any] | None = None
-) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` that knows `Step`s.
-
-    Raises:
-      ValueError: if the decay makes no sense.
-    """
-    check("weight_decay", weight_decay, NOT_NEGATIVE)
-
-    def leaf(update, weight):
-        if is_step(update):
-            return replace(update, decay=update.decay + weight_decay)
-        return update + weight_decay * weight
-
-    def update(updates, params):
-        return jax.tree.map(leaf, updates, params, is_leaf=is_step)
-
-    tx = optax.stateless(update) if weight_decay else optax.identity()
-    if mask is None:
-        return tx
-    return optax.masked(tx, _of_leaves(mask) if callable(mask) else mask)
-
-
-def _of_leaves(mask: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """To the function a `Step` is one leaf, with as many axes as its kernel."""
-
-    def plain(update):
-        return update.coordinates if is_step(update) else update
-
-    return lambda tree: mask(jax.tree.map(plain, tree, is_leaf=is_step))
-
-
 def scale_by_oasis_adam(
     b1: float = 0.9,
     b2: float = 0.999,
@@ -262,7 +228,7 @@ def oasis_adam(
     transport: str | Transport = "carry",
     mu_dtype: Any = None,
     in_place: bool = False,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in a learned subspace; `optax.adamw` where nothing is projected.
 
@@ -277,7 +243,8 @@ def oasis_adam(
       learning_rate: A number or a schedule.
       b1, b2, eps, scale, transport, mu_dtype, in_place: See `scale_by_oasis_adam`.
       weight_decay: Decoupled, as in `optax.adamw`, and with its default.
-      mask: Which leaves decay, as in `optax.add_decayed_weights`.
+      mask: Which leaves decay, as in `optax.add_decayed_weights`; all if None, norms and
+        biases too, as in Optax. `leaves.matching` makes one of a pattern.
 
     Returns:
       An Optax transformation whose `update` needs `params` and takes `basis` and

@@ -14,12 +14,12 @@ import optax
 from optax import contrib
 
 from oasis_jax.bounds import DECAY, POSITIVE, Bound, at_least, check
+from oasis_jax.decay import decay_weights, with_decay
 from oasis_jax.gradient import side
 from oasis_jax.leaves import is_matrix, per_leaf, scale_matching, unstacked
 from oasis_jax.lora import Lora
 from oasis_jax.optimizer import (
     adam_in_coordinates,
-    decay_weights,
     lift_updates,
     oasis_adam,
 )
@@ -36,9 +36,10 @@ class Recipe(NamedTuple):
 
     Attributes:
       rules: For `OasisTrainState.create`, which the optimizer is for, too.
-      optimizer: `optimizer(learning_rate, peak=None, b1=..., b2=..., weight_decay=...)`;
-        `peak` is a schedule's largest value, for those that need it. What is not given
-        is the method's own default.
+      optimizer: `optimizer(learning_rate, peak=None, b1=..., b2=..., weight_decay=...,
+        mask=None)`; `peak` is a schedule's largest value, for those that need it. What is
+        not given is the method's own default. The decay is decoupled, learning rate times
+        `weight_decay` whatever the method, of the leaves in `mask`; of all if it is None.
     """
 
     rules: tuple[Rule, ...]
@@ -114,9 +115,9 @@ class NoOptions:
 # --- Full-size optimizers -----------------------------------------------------------
 
 
-def _adamw(learning_rate: Any, b1=0.9, b2=0.999, weight_decay=0.0) -> Any:
+def _adamw(learning_rate: Any, b1=0.9, b2=0.999, weight_decay=0.0, mask=None) -> Any:
     """`optax.adamw` with float32 moments, also of weights in bfloat16."""
-    return oasis_adam(learning_rate, b1, b2, weight_decay=weight_decay)
+    return oasis_adam(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)
 
 
 def adamw(where: Where, options: NoOptions) -> Recipe:
@@ -124,10 +125,13 @@ def adamw(where: Where, options: NoOptions) -> Recipe:
     return Recipe((), _with(_adamw))
 
 
-def _adafactor(learning_rate: Any, b1=None, b2=None, weight_decay=0.0) -> Any:
+def _adafactor(
+    learning_rate: Any, b1=None, b2=None, weight_decay=0.0, mask=None
+) -> Any:
     del b1, b2  # it has a schedule of its own, and no first moment
-    decay = weight_decay or None
-    return unstacked(optax.adafactor(learning_rate, weight_decay_rate=decay))
+    tx = unstacked(optax.adafactor(learning_rate))
+    # Optax's own decay is not multiplied by the learning rate.
+    return with_decay(tx, learning_rate, weight_decay, mask)
 
 
 def adafactor(where: Where, options: NoOptions) -> Recipe:
@@ -148,16 +152,16 @@ def muon(where: Where, options: NoOptions) -> Recipe:
 
         return map_with_paths(leaf, params)
 
-    def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
-        return contrib.muon(
+    def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None):
+        tx = contrib.muon(
             learning_rate,
-            weight_decay=weight_decay,
             adam_b1=b1,
             adam_b2=b2,
-            adam_weight_decay=weight_decay,
             muon_weight_dimension_numbers=dimensions,
             consistent_rms=0.2,  # with which AdamW's learning rates suit it
         )
+        # The Adam in it takes no mask.
+        return with_decay(tx, learning_rate, weight_decay, mask)
 
     return Recipe((), _with(optimizer))
 
@@ -232,12 +236,12 @@ def rso(where: Where, options: RsoOptions) -> Recipe:
     if eta is None:
         return Recipe(rules, _with(_in_place, transport="reset"))
 
-    def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
+    def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None):
         adam = adam_in_coordinates(b1, b2, transport="reset")
         return optax.chain(
             proximal(adam, learning_rate, eta, pattern=where.pattern),
             lift_updates(in_place=True),
-            decay_weights(weight_decay),
+            decay_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -258,13 +262,15 @@ def compact(where: Where, options: CompactOptions) -> Recipe:
     scale, shared = options.scale, options.shared
     tracker = Random(options.interval, "gaussian", stored=False, shared=shared)
 
-    def optimizer(learning_rate, **adam):
+    def optimizer(learning_rate, weight_decay=1e-4, mask=None, **adam):
+        own: Any = dict(scale=scale, transport="keep", weight_decay=0.0)
         # Attention keeps its output anyway, so o_proj is not projected; but it must not
-        # learn faster than what is.
-        return optax.chain(
-            _in_place(learning_rate, scale=scale, transport="keep", **adam),
+        # learn faster than what is. It decays as all do.
+        tx = optax.chain(
+            _in_place(learning_rate, **own, **adam),
             scale_matching("o_proj", options.out_scale * scale),
         )
+        return with_decay(tx, learning_rate, weight_decay, mask)
 
     return Recipe((where.rule(tracker),), _with(optimizer))
 
@@ -345,7 +351,7 @@ class OptaxGaloreOptions(NoOptions):
 
 
 def optax_galore(where: Where, options: OptaxGaloreOptions) -> Recipe:
-    def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
+    def optimizer(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None):
         adam = optax.scale_by_adam(b1, b2)
 
         def own(path: str, shape: tuple[int, ...]) -> optax.GradientTransformation:
@@ -360,7 +366,7 @@ def optax_galore(where: Where, options: OptaxGaloreOptions) -> Recipe:
         # It knows matrices only, and whole ranks only.
         return optax.chain(
             unstacked(per_leaf(own)),
-            optax.add_decayed_weights(weight_decay),
+            decay_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from oasis_jax import OasisTrainState, Rule, oasis_adam
+from oasis_jax.decay import decay_weights
 from oasis_jax.methods import LINEAR
 from oasis_jax.models.llama import Llama, LlamaConfig
-from oasis_jax.optimizer import decay_weights
 from oasis_jax.paths import map_with_paths
 
 MODEL = Llama(LlamaConfig(32, 16, 40, 2, 4, 2))

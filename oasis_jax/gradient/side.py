@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from oasis_jax.bounds import DECAY, NOT_NEGATIVE, check
+from oasis_jax.decay import Mask, decay_weights
 from oasis_jax.gradient.projected import (
     ProjectGradientsState as ProjectGradientsState,
 )
@@ -48,6 +49,7 @@ def galore(
     side: str = "smaller",
     base: Base = "adam",
     pattern: str = "kernel$",
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam in the top singular vectors of a recent gradient.
 
@@ -65,7 +67,7 @@ def galore(
       rank: A number of columns, or a fraction in (0, 1] of the projected side.
       b1, b2: Decay rates; for 'lion' its two betas. 'adafactor' uses b1 only.
       eps: Added before the bias correction, unlike in Optax; for 'adam' only.
-      weight_decay: Of all leaves, decoupled, *after* the step.
+      weight_decay: Decoupled, *after* the step.
       scale: Multiplies the steps of projected kernels (the paper's alpha).
       interval: Steps between two SVDs.
       side: 'smaller' (the input side if square), 'in' or 'out'.
@@ -73,6 +75,7 @@ def galore(
         RMS), or an Optax transformation that gives directions for coordinates, with
         the sign of the gradient.
       pattern: See `project_gradients`; the paper projects attention and MLP kernels.
+      mask: Which leaves decay, as in `optax.add_decayed_weights`; all if None.
 
     Returns:
       An Optax transformation whose `update` needs `params`.
@@ -98,7 +101,7 @@ def galore(
         side=side,
         pattern=pattern,
     )
-    return optax.chain(projected, _step_then_decay(learning_rate, weight_decay))
+    return optax.chain(projected, _step_then_decay(learning_rate, weight_decay, mask))
 
 
 def osd(
@@ -117,6 +120,7 @@ def osd(
     peak_learning_rate: float | None = None,
     penalty: float = 0.0,
     pattern: str = "kernel$",
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Online Subspace Descent: GaLore whose basis descends instead of jumping.
 
@@ -128,8 +132,8 @@ def osd(
     moments are 2 n r elements a kernel on top of GaLore's state.
 
     Args:
-      learning_rate, rank, b1, b2, eps, weight_decay, scale, side, base, pattern: See
-        `galore`.
+      learning_rate, rank, b1, b2, eps, weight_decay, scale, side, base, pattern, mask:
+        See `galore`.
       interval: Sets the basis's learning rate, 1 / interval; nothing happens at
         intervals.
       basis_optimizer: OptP, with its own learning rate, in place of AdamW. It works on
@@ -168,7 +172,7 @@ def osd(
         side=side,
         pattern=pattern,
     )
-    return optax.chain(projected, _step_then_decay(learning_rate, weight_decay))
+    return optax.chain(projected, _step_then_decay(learning_rate, weight_decay, mask))
 
 
 def ldadam(
@@ -183,6 +187,7 @@ def ldadam(
     error_feedback: bool = True,
     side: str = "smaller",
     pattern: str = "kernel$",
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LDAdam: Adam in a basis that moves every step, and its moments with it.
 
@@ -198,7 +203,7 @@ def ldadam(
       learning_rate: A number or a schedule.
       rank: A number of columns, or a fraction in (0, 1] of the projected side. The
         paper's code uses 8 with error feedback and 256 without.
-      b1, b2, eps, weight_decay: As in `optax.adamw`.
+      b1, b2, eps, weight_decay, mask: As in `optax.adamw`.
       rho, error_feedback: See `PowerIteration`.
       side: 'smaller' (the *output* side if square), 'in' or 'out'.
       pattern: See `project_gradients`.
@@ -235,7 +240,7 @@ def ldadam(
             tie="out",
             pattern=pattern,
         ),
-        optax.add_decayed_weights(weight_decay),
+        decay_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -273,7 +278,7 @@ def _basis_rate(
 
 
 def _step_then_decay(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float, mask: Mask
 ) -> optax.GradientTransformation:
     """W <- (1 - lr wd) (W - lr U): the decay sees the updated weights."""
     check("learning_rate", learning_rate, NOT_NEGATIVE)
@@ -288,11 +293,19 @@ def _step_then_decay(
             raise ValueError("update needs params: their dtype, and to decay them")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
-        def leaf(u, w):
-            step = (1 - rate * weight_decay) * u.astype(jnp.float32) + weight_decay * w
-            return (-rate * step).astype(u.dtype)
+        chosen = mask(params) if callable(mask) else True if mask is None else mask
+
+        def part(decays, updates, params):
+            decay = weight_decay if decays else 0.0
+
+            def leaf(u, w):
+                step = (1 - rate * decay) * u.astype(jnp.float32) + decay * w
+                return (-rate * step).astype(u.dtype)
+
+            return jax.tree.map(leaf, updates, params)
 
         count = optax.safe_increment(state.count)
-        return jax.tree.map(leaf, updates, params), optax.ScaleByScheduleState(count)
+        updates = jax.tree.map(part, chosen, updates, params)
+        return updates, optax.ScaleByScheduleState(count)
 
     return optax.GradientTransformation(init, update)

@@ -1,5 +1,6 @@
 """The groups that commands' options are made of; each has a title in `--help`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,13 +143,34 @@ class Schedule(Options):
     )
     b1: float = option(0.9, "Decay of Adam's first moment.", Role.RUN, DECAY)
     b2: float = option(0.99, "Decay of Adam's second moment.", Role.RUN, DECAY)
-    weight_decay: float = option(0.0, "Decoupled, as AdamW's.", Role.RUN, NOT_NEGATIVE)
+    weight_decay: float = option(
+        0.0,
+        "Decoupled, as AdamW's, of the parameters that --decay matches.",
+        Role.RUN,
+        NOT_NEGATIVE,
+    )
+    decay: str = option(
+        r"(^|/)kernel(/|$)",
+        "Regular expression; the parameters whose path it matches decay, whatever the"
+        " method: by default kernels (LoRA's adapters of them), so that norms, biases and"
+        " embeddings do not. Runs from before there was this option decayed all: '.'.",
+        Role.RUN,
+    )
     clip: float = option(
         1.0,
         "Global gradient norm at most; of projected gradients in their coordinates.",
         Role.RUN,
         POSITIVE,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            re.compile(self.decay)
+        except re.error as error:
+            raise UserError(
+                f"--decay is {self.decay!r}, expected a regular expression: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)

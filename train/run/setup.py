@@ -1,5 +1,6 @@
 """From a model and its objective to a first state and a compiled train step."""
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oasis_jax.leaves import by_pattern, unstacked
-from oasis_jax.paths import map_with_paths
+from oasis_jax.leaves import by_pattern, matching
+from oasis_jax.methods import method
+from oasis_jax.paths import flatten_paths, map_with_paths
 from oasis_jax.seeds import narrow
 from oasis_jax.select import Selection, select
 from oasis_jax.state import OasisTrainState
@@ -57,7 +59,8 @@ def set_up(
       abstract: Give the state's shapes only; nothing is computed or allocated.
 
     Raises:
-      UserError: if the method, the rank or the pattern make no sense.
+      UserError: if the method, the rank or the pattern make no sense, or nothing decays
+        that should.
     """
     model = objective.model
     init = partial(model.init, jax.random.key(narrow(config.seed)))
@@ -66,11 +69,13 @@ def set_up(
         shapes = jax.eval_shape(init, *objective.inputs)
         # Decided on shapes, so that a wrong rank is found before anything is compiled.
         selection = select(shapes["params"], shapes["subspace"], recipe.rules)
-        adam = dict(b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-        tx = recipe.optimizer(schedule, peak=config.lr, **adam)
+        adam = dict(b1=config.b1, b2=config.b2)
+        decay: Any = dict(weight_decay=config.weight_decay, mask=matching(config.decay))
+        tx = recipe.optimizer(schedule, peak=config.lr, **adam, **decay)
         if config.embeddings != "adamw":
+            adafactor = method("adafactor").optimizer
             other = {
-                "adafactor": lambda: unstacked(optax.adafactor(schedule)),
+                "adafactor": partial(adafactor, schedule, **decay),
                 "frozen": optax.set_to_zero,
             }
             tx = by_pattern(VOCABULARY, other[config.embeddings](), tx)
@@ -81,9 +86,10 @@ def set_up(
             rules=selection,
             seed=config.seed,
         )
-        if abstract:
+        if abstract or config.weight_decay:
             state = jax.eval_shape(lambda p: create(params=p), shapes["params"])
-        else:
+            _check_decay(config, state)
+        if not abstract:
             if params is None:
 
                 def first() -> Any:
@@ -98,6 +104,28 @@ def set_up(
     if config.embeddings == "frozen":
         objective = replace(objective, loss_fn=_frozen(objective.loss_fn))
     return Setup(objective, selection, state, schedule)
+
+
+def decaying(config: Training, state: OasisTrainState) -> dict[str, Any]:
+    """The parameters that decay, by path: those of the trained that --decay matches."""
+    frozen = config.embeddings == "frozen"
+    return {
+        path: leaf
+        for path, leaf in flatten_paths(state.trained).items()
+        if re.search(config.decay, path)
+        and not (frozen and re.search(VOCABULARY, path))
+    }
+
+
+def _check_decay(config: Training, state: OasisTrainState) -> None:
+    if config.weight_decay and not decaying(config, state):
+        paths = [*flatten_paths(state.trained)]
+        near = difflib.get_close_matches(config.decay, paths, n=3, cutoff=0.0)
+        raise UserError(
+            f"--decay {config.decay} matches no parameter that is trained, and"
+            f" --weight-decay is {config.weight_decay:g}; the nearest are"
+            f" {', '.join(near)}"
+        )
 
 
 def _frozen(loss_fn: Callable) -> Callable:

@@ -16,7 +16,7 @@ from oasis_jax.state import OasisTrainState
 from train.options import Training
 from train.report.tables import human_bytes, memory_table
 from train.run.machine import machine
-from train.run.setup import VOCABULARY, Setup
+from train.run.setup import VOCABULARY, Setup, decaying
 
 
 def describe(
@@ -34,6 +34,8 @@ def describe(
     )
     console.print(f"method     {config.method}")
     console.print(_vocabulary(config, setup.state))
+    if config.weight_decay:
+        console.print(_decay(config, setup.state))
     if setup.selection.matches:
         console.print(str(setup.selection))
     named = {name: size for name, size in parts.items() if name != "peak"}
@@ -53,6 +55,16 @@ def _vocabulary(config: Training, state: OasisTrainState) -> str:
         f" --embeddings {config.embeddings}:"
         f" {human_bytes(tree_bytes(moments))} of the optimizer's"
         f" {human_bytes(tree_bytes(state.opt_state))}"
+    )
+
+
+def _decay(config: Training, state: OasisTrainState) -> str:
+    """How much of the parameters decays, and by which rule."""
+    leaves = decaying(config, state)
+    numbers = sum(leaf.size for leaf in leaves.values())
+    return (
+        f"decay      {config.weight_decay:g} of {len(leaves)} parameters"
+        f" ({numbers:,} numbers), --decay {config.decay}"
     )
 
 
