@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from oasis_jax.checkpoints import Checkpoints
@@ -24,7 +23,7 @@ from train.report.progress import Bar, progress_bar
 from train.run.folder import RunFolder, best, merit, resume
 from train.run.setup import Setup, compiled_step, warm_start
 from train.run.signals import stop_signals
-from train.run.summary import describe, record, summarise
+from train.run.summary import describe, mean_energy, record, summarise
 
 Evaluate = Callable[[OasisTrainState], dict[str, Any]]
 """Judges a state on the held-out split; gives at least `val_loss`."""
@@ -185,9 +184,9 @@ def _show(
 ) -> None:
     """Loss, tokens/s and captured energy; a line now and then without a terminal."""
     status = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
-    shares = [np.mean(e) for e in state.diagnostics.captured_energy.values()]
-    if shares:
-        status += f"  energy {np.mean(shares):.3f}"
+    energy = mean_energy(state)
+    if energy is not None:
+        status += f"  energy {energy:.3f}"
     bar.at(done, status)
     if not console.is_terminal and done % max(1, config.steps // 10) == 0:
         console.print(f"step {done}/{config.steps}  {status}")

@@ -91,6 +91,15 @@ def record(
     }
 
 
+def mean_energy(state: OasisTrainState) -> float | None:
+    """The captured energy, a mean over all layers; None where nothing is projected.
+
+    A place in scanned blocks stands for as many layers as there are blocks.
+    """
+    shares = [np.ravel(e) for e in state.diagnostics.captured_energy.values()]
+    return float(np.mean(np.concatenate(shares))) if shares else None
+
+
 def _short(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         path.removesuffix("/projection"): np.round(np.float64(value), 6).tolist()
@@ -117,7 +126,6 @@ def summarise(
     # The first step of a process pays for what is set up lazily.
     timed = step_seconds[1:] or step_seconds
     median = statistics.median(timed) if timed else None
-    energies = [float(np.mean(e)) for e in state.diagnostics.captured_energy.values()]
     return {
         "method": config.method,
         "diverged": result is None,
@@ -134,7 +142,7 @@ def summarise(
         "weight_bytes": parts["weights"],
         "basis_bytes": parts["bases"],
         "peak_bytes": parts["peak"],
-        "captured_energy": statistics.mean(energies) if energies else None,
+        "captured_energy": mean_energy(state),
         "skipped": int(state.diagnostics.skipped),
         "curve": [[r["step"], r["val_loss"]] for r in records if "val_loss" in r],
         "config": config.as_dict(),
