@@ -154,7 +154,7 @@ class Kind:
 
     Attributes:
       model: The Flax module that it takes.
-      load: `load(config, folder, limits, outputs, progress)`: its examples.
+      load: `load(config, folder, limits, model, progress)`: its examples.
       objective: `objective(config, shape)`.
       judge: `judge(config, setup, data)`.
     """
@@ -166,7 +166,11 @@ class Kind:
 
 
 def _load_labelled(
-    config: Finetune, folder: Path, limits: Limits, outputs: int | None, progress: bool
+    config: Finetune,
+    folder: Path,
+    limits: Limits,
+    model: hf.Described,
+    progress: bool,
 ) -> Labelled:
     text = (
         (config.text,) if config.text_pair is None else (config.text, config.text_pair)
@@ -178,7 +182,8 @@ def _load_labelled(
         limits,
         columns=Columns(text, config.label),
         regression=config.regression,
-        labels=outputs,
+        labels=len(model.label_names) if model.classifies else None,
+        label_names=model.label_names,
         eval_data=config.eval_data,
         data_dir=config.data_dir,
         packed=config.pack,
@@ -187,7 +192,11 @@ def _load_labelled(
 
 
 def _load_instructions(
-    config: Finetune, folder: Path, limits: Limits, outputs: None, progress: bool
+    config: Finetune,
+    folder: Path,
+    limits: Limits,
+    model: hf.Described,
+    progress: bool,
 ) -> Instructions:
     return load_instructions(
         config.task,
@@ -233,10 +242,13 @@ def task_data(
 
     Raises:
       DataError: if the data cannot be used, or does not fit the model.
+      HfError: if a file of the folder lies outside of it, or its config is not that of
+        its weights.
     """
     limits = Limits(config.seq, shape.vocab_size, shape.positions)
-    outputs = getattr(shape, "labels", 0) or None
-    return kind_of(config.task).load(config, folder, limits, outputs, progress)
+    model = hf.describe(folder)
+    hf.texts(folder)  # none of the tokenizer's files is elsewhere
+    return kind_of(config.task).load(config, folder, limits, model, progress)
 
 
 def outputs_of(config: Finetune, data: Labelled | Instructions) -> int:
