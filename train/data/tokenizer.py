@@ -10,6 +10,8 @@ import tokenizers
 from train.errors import DataError
 
 PIECE = 1 << 20  # characters given to the tokenizer at once
+MOST_BYTES = 1 << 28  # of a tokenizer.json; those of the largest models have 2^25
+MOST_GAPS = 1 << 20  # tokens that a vocabulary may leave out below its largest
 SEPARATORS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 
 
@@ -46,13 +48,19 @@ def coder_of(path: str | None) -> Coder:
     """Bytes for None, else the tokenizer of a `tokenizer.json`.
 
     Raises:
-      DataError: if the file cannot be read as one.
+      DataError: if the file cannot be read as one, or leaves out so many numbers of
+        tokens that a model's embedding would be out of all proportion.
     """
     if path is None:
         return Coder(lambda text: np.frombuffer(text.encode(), np.uint8), 256, 0, "")
     tokenizer, content = open_tokenizer(path)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     size = vocabulary_size(tokenizer)
+    if size - len(set(vocabulary.values())) > MOST_GAPS:
+        raise DataError(
+            f"tokenizer {path!r} has {len(vocabulary):,} tokens and numbers them up to"
+            f" {size - 1:,}, where at most {MOST_GAPS:,} numbers may be left out"
+        )
     found = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
     separator = found[0] if found else size
     return Coder(
@@ -72,17 +80,29 @@ def open_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, str]:
     Raises:
       DataError: if the file cannot be read as one.
     """
+    file = Path(path).expanduser()
     try:
-        content = Path(path).expanduser().read_text("utf-8")
+        if not file.is_file():
+            raise DataError(_unreadable(path, "there is no such file"))
+        if (size := file.stat().st_size) > MOST_BYTES:
+            about = f"has {size:,} bytes, and at most {MOST_BYTES:,} are read"
+            raise DataError(_unreadable(path, about))
+        content = file.read_text("utf-8")
         tokenizer = tokenizers.Tokenizer.from_str(content)
-    # The tokenizers library raises bare Exception for a malformed file.
-    except Exception as error:
-        raise DataError(
-            f"tokenizer {str(path)!r} cannot be read as a tokenizer.json: {error}"
-        ) from error
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
+    # The tokenizers library raises bare Exception for a malformed file, and where it
+    # panics something that is not even that.
+    except BaseException as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(_unreadable(path, said)) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, content
+
+
+def _unreadable(path: str | Path, reason: str) -> str:
+    return f"tokenizer {str(path)!r} cannot be read as a tokenizer.json: {reason}"
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -109,6 +129,15 @@ def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
+def _around_texts(tokenizer: tokenizers.Tokenizer) -> int:
+    """One more than the largest token around texts, whatever the vocabulary says."""
+    try:
+        found = (*tokenizer.encode("").ids, *tokenizer.encode("", "").ids)
+    except Exception as error:  # all that the library raises
+        raise DataError(f"the tokenizer fails at an empty text: {error}") from error
+    return 1 + max(found, default=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What rows must fit into.
@@ -129,7 +158,7 @@ class Limits:
         Raises:
           DataError: if the embedding is too small, or there are too few positions.
         """
-        size = vocabulary_size(tokenizer)
+        size = max(vocabulary_size(tokenizer), _around_texts(tokenizer))
         if size > self.vocab_size:
             raise DataError(
                 f"the tokenizer has {size:,} tokens, but the model's embedding has only"
