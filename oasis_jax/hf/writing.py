@@ -190,8 +190,8 @@ def _with_stops(
     transformers reads that file alone where there is one, so a new one has all tokens
     that `about` names.
     """
-    kept = read_json(origin, GENERATION) if origin is not None else None
-    kept = _without_lost_tokens(kept or {}, config)
+    stored = read_json(origin, GENERATION) if origin is not None else None
+    kept = _without_lost_tokens(stored or {}, config)
     if not stops:
         return kept
     if lost := [t for t in stops if not is_token(t, config.vocab_size)]:
@@ -200,10 +200,11 @@ def _with_stops(
             f" {config.vocab_size}"
         )
     about["eos_token_id"] = _one_or_all(stops)
-    tokens = {k: v for k, v in about.items() if k in ("bos_token_id", "pad_token_id")}
     theirs = kept.get("eos_token_id")
     theirs = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
-    kept = kept or tokens
+    if stored is None:
+        others = {name: about.get(name) for name in ("bos_token_id", "pad_token_id")}
+        kept = {name: token for name, token in others.items() if token is not None}
     return kept | {"eos_token_id": _one_or_all([*theirs, *stops])}
 
 
