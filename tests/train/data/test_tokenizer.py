@@ -1,5 +1,6 @@
 """Text to tokens: pieces, separators, sizes and error messages."""
 
+import json
 import re
 
 import numpy as np
@@ -53,3 +54,32 @@ def test_tokenizer_errors(folder, load_text, tmp_path, content):
     message = re.escape(f"tokenizer {str(path)!r} cannot be read")
     with pytest.raises(DataError, match=message):
         load_text(folder, str(path))
+
+
+def test_a_tokenizer_out_of_proportion(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # with a hole in it
+    with pytest.raises(DataError, match="has 1,099,511,627,776 bytes, and at most"):
+        tokenizer.open_tokenizer(path)
+    for token, message in (
+        (10**12, "cannot be read as a tokenizer"),
+        (10**9, "has 2 tokens and numbers them up to 1,000,000,000, where at most"),
+    ):
+        model = {"type": "WordLevel", "vocab": {"a": 0, "b": token}, "unk_token": "a"}
+        path.write_text(json.dumps({"model": model, "added_tokens": []}))
+        with pytest.raises(DataError, match=message):
+            tokenizer.coder_of(str(path))
+
+
+def test_tokens_around_texts_are_the_models_too(tmp_path):
+    """A template may put any number there, which no embedding has."""
+    made = tokenizer.byte_tokenizer()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 5000)]
+    )
+    tokenizer.Limits(8, 5001).check(made)
+    with pytest.raises(
+        DataError, match="has 5,001 tokens, but the model's embedding has only 256"
+    ):
+        tokenizer.Limits(8, 256).check(made)
