@@ -173,6 +173,14 @@ def test_a_config_that_is_none(content, sentence, tmp_path):
     assert sentence in refused(lambda: hf.load_config(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json"])
+def test_texts_that_are_no_json(name, tmp_path):
+    (tmp_path / name).write_text("[" * 100_000)
+    assert f"{name}: is nested more than 50" in refused(lambda: hf.texts(tmp_path))
+    (tmp_path / name).write_text("\ufeff{}")  # as Windows writes it
+    assert hf.texts(tmp_path) == {name: (tmp_path / name).resolve()}
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", INDEX, "generation_config.json", "tokenizer.json"]
 )

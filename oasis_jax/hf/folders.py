@@ -25,6 +25,12 @@ INDEX = "model.safetensors.index.json"
 _TEXTS = """tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt
 chat_template* *.model""".split()
 
+_SMALL_JSON = {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
+
 # Those of the largest models have a hundredth of it.
 _MOST_BYTES = {CONFIG: 1 << 24, GENERATION: 1 << 20, INDEX: 1 << 26}
 _MOST_OF_OTHERS = 1 << 28
@@ -129,7 +135,7 @@ def texts(folder: str | os.PathLike) -> dict[str, Path]:
       Where the files lie, links followed, by name.
 
     Raises:
-      HfError: as `inside` does, of any of them.
+      HfError: as `inside` does, of any of them, or if one is JSON in its name only.
     """
     folder = Path(folder)
     names = {file.name for pattern in _TEXTS for file in folder.glob(pattern)}
@@ -138,6 +144,8 @@ def texts(folder: str | os.PathLike) -> dict[str, Path]:
         for name in sorted(names)
         if not (folder / name).is_dir()
     }
+    for name in found.keys() & _SMALL_JSON:
+        read_json(folder, name)
     return {name: path for name, path in found.items() if path is not None}
 
 
@@ -175,7 +183,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(
-            path.read_text(encoding="utf-8"),
+            path.read_text(encoding="utf-8-sig"),
             parse_constant=_finite,
             parse_float=_finite,
         )
