@@ -103,7 +103,7 @@ def test_stops_where_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     loaded = hf.load(DIRECTORY / "qwen2")
-    model, given = Llama(loaded.config), pad([[5, 6, 7]])
+    model, given = Llama(loaded.config), pad([[5, 6, 7]], multiple=4)
 
     def said(end=None):
         made = generate(model, loaded.params, *given, new_tokens=12, end=end)
