@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from oasis_jax import hf
 from oasis_jax.hf.folders import INDEX, WEIGHTS
 from oasis_jax.models.bert import Bert
+from oasis_jax.models.generate import generate, pad
 from oasis_jax.models.llama import Llama, LlamaConfig, RopeScaling, preset
 from oasis_jax.paths import flatten_paths
 from tests.hf_fixtures import CASES, DIRECTORY, build, compute
@@ -95,6 +96,43 @@ def test_there_and_back_in_transformers(case, dtype, tmp_path):
     if dtype == "float32" and case != "bert-masked":
         chex.assert_trees_all_equal(compute(model, 1), compute(other.eval(), 1))
         check_outputs(loaded, compute(model, 1))
+
+
+def test_stops_where_transformers_does(tmp_path):
+    """The token that ends a text, of a folder that had none."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    loaded = hf.load(DIRECTORY / "qwen2")
+    model, given = Llama(loaded.config), pad([[5, 6, 7]], multiple=4)
+
+    def said(end=None):
+        made = generate(model, loaded.params, *given, new_tokens=12, end=end)
+        return np.asarray(made)[0].tolist()
+
+    whole = said()
+    end = whole[4]
+    ours = said(end)[: whole.index(end) + 1]
+    folder = hf.save(
+        tmp_path / "out", *loaded[:2], source=DIRECTORY / "qwen2", stop_tokens=[end]
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    made = theirs.generate(
+        torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=12
+    )
+    assert made[0, 3:].tolist() == ours
+
+
+def test_labels_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    loaded = hf.load(DIRECTORY / "bert-labels")
+    names = ("so", "bad", "good")
+    problem = "single_label_classification"
+    folder = hf.save(
+        tmp_path / "out", *loaded[:2], label_names=names, problem_type=problem
+    )
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    assert theirs.id2label == dict(enumerate(names))
+    assert (theirs.num_labels, theirs.problem_type) == (3, problem)
 
 
 def copied(case, to):

@@ -6,18 +6,23 @@ models, their names there and what of `config.json` is understood are the rows o
 transformers.
 """
 
-from oasis_jax.hf.families import FAMILIES, Family, HfError
-from oasis_jax.hf.folders import resolve
-from oasis_jax.hf.reading import Loaded, load, load_config
+from oasis_jax.hf.errors import HfError
+from oasis_jax.hf.families import FAMILIES, Family
+from oasis_jax.hf.folders import inside, resolve, texts
+from oasis_jax.hf.reading import Described, Loaded, describe, load, load_config
 from oasis_jax.hf.writing import save
 
 __all__ = [
     "FAMILIES",
+    "Described",
     "Family",
     "HfError",
     "Loaded",
+    "describe",
+    "inside",
     "load",
     "load_config",
     "resolve",
     "save",
+    "texts",
 ]

@@ -14,16 +14,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from oasis_jax.hf.errors import HfError, shown
+from oasis_jax.hf.fields import (
+    Fields,
+    flag,
+    label_names,
+    number,
+    only,
+    table,
+    whole,
+    words,
+)
 from oasis_jax.hf.names import DECODER, ENCODER, ROBERTA
 from oasis_jax.models.bert import Bert, BertConfig
 from oasis_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from oasis_jax.paths import flatten_paths
 
 Config = LlamaConfig | BertConfig
-
-
-class HfError(ValueError):
-    """A folder of Hugging Face's that is not what it should be, or cannot be written."""
 
 
 class Place(NamedTuple):
@@ -119,6 +126,35 @@ class Family:
             ]
         return places
 
+    def sizes(self, config: Config) -> dict[str, tuple[tuple[str, int], ...]]:
+        """What `config.json` says of the axes of some tensors, by path, as stored.
+
+        All sizes of the config but the number of layers are among them, so where these
+        tensors agree no parameter is larger than what is stored.
+        """
+        c: Any = config
+        vocabulary, width = ("vocab_size", c.vocab_size), ("hidden_size", c.width)
+        hidden = ("intermediate_size", c.hidden)
+        if isinstance(config, BertConfig):
+            positions = c.positions + c.position_offset
+            return {
+                "embed/word/embedding": (vocabulary, width),
+                "embed/position/embedding": (
+                    ("max_position_embeddings", positions),
+                    width,
+                ),
+                "embed/type/embedding": (("type_vocab_size", c.types), width),
+                "blocks/mlp/up_proj/kernel": (hidden, width),
+            }
+        heads = f"num_attention_heads {c.heads} times head_dim {c.head_size}"
+        kv_heads = f"num_key_value_heads {c.kv_heads} times head_dim {c.head_size}"
+        return {
+            "embed/embedding": (vocabulary, width),
+            "blocks/attn/q_proj/kernel": ((heads, c.heads * c.head_size), width),
+            "blocks/attn/k_proj/kernel": ((kv_heads, c.kv_heads * c.head_size), width),
+            "blocks/mlp/up_proj/kernel": (hidden, width),
+        }
+
     def full(self, name: str, config: Config) -> str:
         """A name as a checkpoint that is written has it."""
         bare = isinstance(config, BertConfig) and not config.labels
@@ -138,9 +174,8 @@ class Family:
           HfError: if a field is absent, or has a value that the model cannot follow.
         """
         config = self.read({**self.defaults, **stored})
-        if (stored.get("architectures") or [self.base])[0] != self.classifier:
-            return config
-        return with_labels(config, _labels(stored))
+        classifies = self.classifier and _architecture(stored) == self.classifier
+        return with_labels(config, _labels(stored)) if classifies else config
 
     def check(self, config: Config) -> None:
         """Refuses the config of another model."""
@@ -204,16 +239,16 @@ def family_from(stored: Mapping[str, Any]) -> Family:
     Raises:
       HfError: if it is none of `FAMILIES`; lists the architectures that are read.
     """
-    named = (stored.get("architectures") or [None])[0]
+    named, model_type = _architecture(stored), stored.get("model_type")
     for family in FAMILIES.values():
         if named in family.architectures:
             return family
-    if named is None and stored.get("model_type") in FAMILIES:
-        return FAMILIES[stored["model_type"]]
+    if named is None and isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
     known = ", ".join(a for f in FAMILIES.values() for a in f.architectures)
-    what = f"architecture is {named!r}"
+    what = f"architecture is {shown(named)}"
     if named is None:
-        what = f"model_type is {stored.get('model_type')!r}"
+        what = f"model_type is {shown(model_type)}"
     raise HfError(f"{what}, expected one of {known}")
 
 
@@ -227,9 +262,14 @@ def with_labels(config: Config, labels: int) -> Config:
     return replace(config, labels=labels) if isinstance(config, BertConfig) else config
 
 
-def _labels(stored: Mapping[str, Any]) -> int:
+def _labels(stored: Fields) -> int:
     # A file that names neither has Hugging Face's two.
-    return len(stored.get("id2label") or ()) or stored.get("num_labels") or 2
+    return len(label_names(stored)) or whole(stored, "num_labels", 2)
+
+
+def _architecture(stored: Fields) -> str | None:
+    """Named first."""
+    return next(iter(words(stored, "architectures")), None)
 
 
 # What a step computes with, and what is not the checkpoint's to say.
@@ -260,91 +300,88 @@ def _differing(read: Config, config: Config) -> list[str]:
     ]
 
 
-def _need(stored: Mapping[str, Any], name: str) -> Any:
-    if stored.get(name) is None:
-        raise HfError(f"config.json has no {name}")
-    return stored[name]
-
-
-def _only(stored: Mapping[str, Any], name: str, *allowed: Any) -> None:
-    """An absent field has its default, which is among the allowed."""
-    value = stored.get(name)
-    if value is not None and value not in allowed:
-        expected = " or ".join(repr(a) for a in allowed) or "none"
-        raise HfError(f"config.json says {name} is {value!r}, supported is {expected}")
-
-
 def _read_decoder(
-    stored: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False
+    stored: Fields, *, qkv_bias: bool = False, qk_norm: bool = False
 ) -> LlamaConfig:
-    _only(stored, "hidden_act", "silu")
-    _only(stored, "attention_bias", False)
-    _only(stored, "mlp_bias", False)
-    _only(stored, "quantization_config")
+    only(stored, "hidden_act", "silu")
+    only(stored, "attention_bias", False)
+    only(stored, "mlp_bias", False)
+    only(stored, "quantization_config")
     theta, scaling = _read_rope(stored)
-    heads = _need(stored, "num_attention_heads")
-    return LlamaConfig(
-        vocab_size=_need(stored, "vocab_size"),
-        width=_need(stored, "hidden_size"),
-        hidden=_need(stored, "intermediate_size"),
-        layers=_need(stored, "num_hidden_layers"),
+    heads = whole(stored, "num_attention_heads")
+    config = LlamaConfig(
+        vocab_size=whole(stored, "vocab_size"),
+        width=whole(stored, "hidden_size"),
+        hidden=whole(stored, "intermediate_size"),
+        layers=whole(stored, "num_hidden_layers"),
         heads=heads,
-        kv_heads=stored.get("num_key_value_heads") or heads,
-        tied=bool(stored.get("tie_word_embeddings")),
-        head_size=stored.get("head_dim") or 0,
+        kv_heads=whole(stored, "num_key_value_heads", heads),
+        tied=flag(stored, "tie_word_embeddings"),
+        head_size=whole(stored, "head_dim", 0, least=0),
         rope_theta=theta,
-        norm_eps=_need(stored, "rms_norm_eps"),
+        norm_eps=number(stored, "rms_norm_eps", zero=True),
         rope_scaling=scaling,
         positions=_read_positions(stored),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
     )
+    if config.head_size % 2:
+        raise HfError(
+            f"config.json says a head has {config.head_size} numbers (head_dim, or"
+            f" hidden_size {config.width} by num_attention_heads {heads}), expected an"
+            " even number, for they are rotated in pairs"
+        )
+    return config
 
 
-def _read_rope(stored: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _read_rope(stored: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling, in the spelling of transformers 4 or 5."""
     place = "rope_parameters" if stored.get("rope_parameters") else "rope_scaling"
-    rope = stored.get(place) or {}
-    theta = float(rope.get("rope_theta") or stored.get("rope_theta") or 10_000.0)
-    _only(stored, "partial_rotary_factor", 1.0)
-    _only(rope, "partial_rotary_factor", 1.0)
+    rope = table(stored, place)
+    theta = float(number(rope, "rope_theta", number(stored, "rope_theta", 10_000.0)))
+    only(stored, "partial_rotary_factor", 1.0)
+    only(rope, "partial_rotary_factor", 1.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    _only({f"rope_type of {place}": kind}, f"rope_type of {place}", *_ROPES)
+    only({f"rope_type of {place}": kind}, f"rope_type of {place}", *_ROPES)
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling(_need(rope, "factor"))
+        return theta, RopeScaling(number(rope, "factor"))
     return theta, RopeScaling(
-        factor=_need(rope, "factor"),
-        original=_need(rope, "original_max_position_embeddings"),
-        low=_need(rope, "low_freq_factor"),
-        high=_need(rope, "high_freq_factor"),
+        factor=number(rope, "factor"),
+        original=whole(rope, "original_max_position_embeddings"),
+        low=number(rope, "low_freq_factor"),
+        high=number(rope, "high_freq_factor"),
     )
 
 
 _ROPES = ("default", "linear", "llama3")
 
 
-def _read_positions(stored: Mapping[str, Any]) -> int:
+def _read_positions(stored: Fields) -> int:
     """As many as see each other: a window as long as the text is none."""
-    positions = _need(stored, "max_position_embeddings")
-    window = stored.get("sliding_window")
-    if window is None or stored.get("use_sliding_window") is False:
+    positions = whole(stored, "max_position_embeddings")
+    if stored.get("sliding_window") is None or (
+        stored.get("use_sliding_window") is not None
+        and not flag(stored, "use_sliding_window")
+    ):
         return positions
-    layers = _need(stored, "num_hidden_layers")
-    first = stored.get("max_window_layers") or 0
-    kinds = stored.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
-    if len(set(kinds)) > 1:
+    window = whole(stored, "sliding_window")
+    layers = whole(stored, "num_hidden_layers")
+    first = whole(stored, "max_window_layers", 0, least=0)
+    # No list of as many as there are layers, for a file may say any number.
+    kinds = set(words(stored, "layer_types")) or {
+        *["full_attention"] * (first > 0),
+        *["sliding_attention"] * (first < layers),
+    }
+    if len(kinds) > 1:
         raise HfError(
             f"config.json says sliding_window is {window} in some layers only "
             "(layer_types, max_window_layers), supported is all or none"
         )
-    _only(
-        {"layer_types": kinds[0]}, "layer_types", "sliding_attention", "full_attention"
-    )
-    return min(positions, window) if kinds[0] == "sliding_attention" else positions
+    (kind,) = kinds
+    only({"layer_types": kind}, "layer_types", "sliding_attention", "full_attention")
+    return min(positions, window) if kind == "sliding_attention" else positions
 
 
 def _write_decoder(c: LlamaConfig) -> dict[str, Any]:
@@ -377,22 +414,23 @@ def _write_decoder(c: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _read_encoder(stored: Mapping[str, Any], *, offset: bool = False) -> BertConfig:
-    _only(stored, "hidden_act", "gelu")
-    _only(stored, "position_embedding_type", "absolute")
-    _only(stored, "is_decoder", False)
-    _only(stored, "quantization_config")
-    pad = stored.get("pad_token_id") or 0
+def _read_encoder(stored: Fields, *, offset: bool = False) -> BertConfig:
+    only(stored, "hidden_act", "gelu")
+    only(stored, "position_embedding_type", "absolute")
+    only(stored, "is_decoder", False)
+    only(stored, "quantization_config")
+    vocabulary = whole(stored, "vocab_size")
+    pad = whole(stored, "pad_token_id", 0, least=0, most=vocabulary - 1)
     first = pad + 1 if offset else 0
     return BertConfig(
-        vocab_size=_need(stored, "vocab_size"),
-        width=_need(stored, "hidden_size"),
-        hidden=_need(stored, "intermediate_size"),
-        layers=_need(stored, "num_hidden_layers"),
-        heads=_need(stored, "num_attention_heads"),
-        positions=_need(stored, "max_position_embeddings") - first,
-        types=_need(stored, "type_vocab_size"),
-        norm_eps=_need(stored, "layer_norm_eps"),
+        vocab_size=vocabulary,
+        width=whole(stored, "hidden_size"),
+        hidden=whole(stored, "intermediate_size"),
+        layers=whole(stored, "num_hidden_layers"),
+        heads=whole(stored, "num_attention_heads"),
+        positions=whole(stored, "max_position_embeddings", least=first + 1) - first,
+        types=whole(stored, "type_vocab_size"),
+        norm_eps=number(stored, "layer_norm_eps", zero=True),
         position_offset=first,
         pad=pad,
     )

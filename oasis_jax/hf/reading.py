@@ -15,23 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from oasis_jax.hf.families import (
-    Config,
-    Family,
-    HfError,
-    Place,
-    labels_of,
-    with_labels,
-)
-from oasis_jax.hf.folders import (
+from oasis_jax.hf.errors import HfError
+from oasis_jax.hf.families import Config, Family, Place, labels_of, with_labels
+from oasis_jax.hf.fields import label_names
+from oasis_jax.hf.folders import resolve, stored_config, told
+from oasis_jax.hf.weights import (
     DTYPES,
-    open_weights,
-    resolve,
-    some,
-    stored_config,
-    told,
-    weight_files,
+    Stored,
+    count,
+    differ,
+    not_finite,
+    stored_tensors,
 )
+from oasis_jax.models.llama import LlamaConfig
 from oasis_jax.paths import path_hash
 
 PyTree = Any
@@ -52,6 +48,20 @@ class Loaded(NamedTuple):
     fresh: tuple[str, ...]
 
 
+class Described(NamedTuple):
+    """A model, as far as `config.json` and the headers of its weights say.
+
+    Attributes:
+      config: Of `Llama` or `Bert`.
+      label_names: By number, as `config.json` has them; () where it names none.
+      classifies: Whether a classifier of these labels is stored.
+    """
+
+    config: Config
+    label_names: tuple[str, ...]
+    classifies: bool
+
+
 def load_config(folder: str | os.PathLike, **changes: Any) -> Config:
     """The config of a folder, with some of its fields changed.
 
@@ -65,6 +75,36 @@ def load_config(folder: str | os.PathLike, **changes: Any) -> Config:
     folder = resolve(folder)
     family, stored = stored_config(folder)
     return _changed(folder, told(folder, lambda: family.config(stored)), changes)
+
+
+def describe(folder: str | os.PathLike) -> Described:
+    """What a folder has, at the cost of reading its headers.
+
+    Raises:
+      HfError: as `load` does, for what is seen without reading a weight: the sizes of
+        `config.json` must be those of the tensors. And if it names another number of
+        labels than its classifier has.
+    """
+    folder = resolve(folder)
+    family, stored = stored_config(folder)
+    config = told(folder, lambda: family.config(stored))
+    names = told(folder, lambda: label_names(stored))
+    with ExitStack() as files:
+        tensors = stored_tensors(folder, family, files)
+        told(folder, lambda: _check_sizes(family, config, tensors))
+        if isinstance(config, LlamaConfig):
+            return Described(config, (), False)
+        kernel = tensors.get(family.name("classifier/kernel", with_labels(config, 1)))
+    if kernel is None or not kernel.shape:
+        return Described(config, names, False)
+    labels = kernel.shape[0]
+    if names and len(names) != labels:
+        raise HfError(
+            f"{folder}: config.json names {len(names)} labels in id2label, but"
+            f" {kernel.name} is {kernel.shape}"
+        )
+    names = names or tuple(f"LABEL_{i}" for i in range(labels))
+    return Described(with_labels(config, labels), names, True)
 
 
 def load(
@@ -98,9 +138,11 @@ def load(
         if they agree, else float32. With `labels=0` a stored classifier is left.
 
     Raises:
-      HfError: if a file is absent or damaged, if the model is of no family that is
-        read, or if tensors are missing, unexpected, there twice, or have another shape
-        than those of the config: all are named, and both shapes.
+      HfError: if a file is absent, damaged, out of proportion or outside of the folder,
+        if the model is of no family that is read, or if tensors are missing,
+        unexpected, there twice, not finite, or have another shape than those of the
+        config: all are named, and both shapes. Also if a head is stored that is not the
+        embedding it is said to be tied to.
     """
     folder = resolve(folder)
     family, fields_ = stored_config(folder)
@@ -112,9 +154,10 @@ def load(
         found, given = config, {*given, "labels", "param_dtype"}
     found = _changed(folder, found, changes)
     with ExitStack() as files:
-        stored: Mapping[str, _Stored] = _stored(folder, family, files)
+        stored: Mapping[str, Stored] = stored_tensors(folder, family, files)
         found = _with_stored_labels(folder, family, found, stored, "labels" in given)
         stored = _with_pooler(family, found, stored)
+        told(folder, lambda: _check_sizes(family, found, stored))
         leaves = family.leaves(found)
         places = family.places(found, leaves)
         fresh = _absent(family, places, stored)
@@ -124,15 +167,19 @@ def load(
         if "param_dtype" not in given:
             dtypes = {stored[p.name].dtype for p in places if p.path not in fresh}
             found = replace(found, param_dtype=DTYPES[_only(dtypes)])
-        params = {}
+        params: dict[str, Any] = {}
+        spoilt: list[str] = []
         for path, leaf in leaves.items():
             if path in fresh:
                 value = _initialised(path, leaf.shape, seed, found.param_dtype)
             else:
                 parts = [p for p in places if p.path == path]
-                value = _read(leaf.shape, found.param_dtype, parts, stored)
-            params[path] = place(path, value)
+                value = _read(leaf.shape, found.param_dtype, parts, stored, spoilt)
+            if not spoilt:
+                params[path] = place(path, value)
             del value
+    if spoilt:
+        raise HfError(f"{folder}: {count('with numbers that are not finite', spoilt)}")
     return Loaded(found, _nested(params), fresh)
 
 
@@ -144,42 +191,11 @@ def _changed(folder: Path, config: Config, changes: Mapping[str, Any]) -> Config
     return told(folder, lambda: replace(config, **asked))
 
 
-class _Stored(NamedTuple):
-    """A tensor in a file that is open."""
-
-    file: Any
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _stored(folder: Path, family: Family, files: ExitStack) -> dict[str, _Stored]:
-    """All tensors of a folder by plain name; `files` closes what is opened."""
-    found: dict[str, list[_Stored]] = {}
-    for path in weight_files(folder):
-        file = files.enter_context(open_weights(path))
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            part = file.get_slice(name)
-            tensor = _Stored(
-                file, path, name, tuple(part.get_shape()), part.get_dtype()
-            )
-            found.setdefault(family.plain(name), []).append(tensor)
-    twice = [
-        " and ".join(f"{t.name} in {t.path.name}" for t in tensors)
-        for tensors in found.values()
-        if len(tensors) > 1
-    ]
-    if twice:
-        raise HfError(f"{folder}: {_count('stored twice', twice)}")
-    return {name: tensors[0] for name, tensors in found.items()}
-
-
 def _with_stored_labels(
     folder: Path,
     family: Family,
     config: Config,
-    stored: Mapping[str, _Stored],
+    stored: Mapping[str, Stored],
     asked: bool,
 ) -> Config:
     """The config with as many labels as are stored, if no number was asked for."""
@@ -198,8 +214,8 @@ def _with_stored_labels(
 
 
 def _with_pooler(
-    family: Family, config: Config, stored: Mapping[str, _Stored]
-) -> Mapping[str, _Stored]:
+    family: Family, config: Config, stored: Mapping[str, Stored]
+) -> Mapping[str, Stored]:
     """RoBERTa's pooler has one name with a classifier, and another without."""
     other = with_labels(config, int(not labels_of(config)))
     for path in ("pooler/kernel", "pooler/bias"):
@@ -211,7 +227,7 @@ def _with_pooler(
 
 
 def _absent(
-    family: Family, places: Sequence[Place], stored: Mapping[str, _Stored]
+    family: Family, places: Sequence[Place], stored: Mapping[str, Stored]
 ) -> tuple[str, ...]:
     """Paths of the subtrees that may be absent, and are so as a whole."""
     fresh: tuple[str, ...] = ()
@@ -222,16 +238,54 @@ def _absent(
     return fresh
 
 
+def _check_sizes(family: Family, config: Config, stored: Mapping[str, Stored]) -> None:
+    """Holds the config's sizes to what is stored, before they shape or count anything."""
+    layers = {
+        name: int(match[1])
+        for name in stored
+        if (match := re.search(r"\blayers?\.(\d{1,9})\.", name))
+    }
+    # Fewer may be those of a shard that is lost, which are missed by name.
+    if config.layers > len(stored):
+        raise HfError(
+            f"config.json says num_hidden_layers is {config.layers}, but there are"
+            f" {len(stored)} tensors, of {len(set(layers.values()))} layers"
+        )
+    for path, axes in family.sizes(config).items():
+        places = {family.name(path, config, i): i for i in {*layers.values(), 0}}
+        tensor = next((stored[name] for name in places if name in stored), None)
+        if tensor is None:
+            lost = family.full(family.name(path, config, 0), config)
+            raise HfError(count("missing", [lost]))
+        wrong = [
+            f"{field} is {size}"
+            for (field, size), there in zip(axes, tensor.shape, strict=False)
+            if size != there
+        ]
+        if wrong or len(tensor.shape) != len(axes):
+            said = " and ".join(wrong) or "it is a matrix"
+            raise HfError(
+                f"config.json says {said}, but {tensor.name} is {tensor.shape}"
+            )
+
+
 def _check(
     folder: Path,
     family: Family,
     config: Config,
     places: Sequence[Place],
-    stored: Mapping[str, _Stored],
+    stored: Mapping[str, Stored],
 ) -> None:
     wanted = {p.name: p.shape for p in places}
     # A tied head may be stored all the same.
     harmless = rf"{family.ignored}|^lm_head\.weight$"
+    head, table = stored.get("lm_head.weight"), stored.get("embed_tokens.weight")
+    if head and table and "lm_head.weight" not in wanted and differ(head, table):
+        raise HfError(
+            f"{folder}: {head.name} is not {table.name}, though config.json says"
+            " tie_word_embeddings is true; say false there to keep the head that is"
+            " stored, or remove it"
+        )
     problems = {
         "missing": [family.full(n, config) for n in wanted if n not in stored],
         "unexpected": [
@@ -250,13 +304,9 @@ def _check(
             if name in stored and stored[name].dtype not in DTYPES
         ],
     }
-    named = [_count(what, found) for what, found in problems.items() if found]
+    named = [count(what, found) for what, found in problems.items() if found]
     if named:
         raise HfError(f"{folder}: {'; '.join(named)}")
-
-
-def _count(what: str, found: Sequence[str]) -> str:
-    return f"{len(found)} tensor{'s' * (len(found) > 1)} {what}: {some(found)}"
 
 
 def _only(dtypes: set[str]) -> str:
@@ -267,14 +317,21 @@ def _read(
     shape: tuple[int, ...],
     dtype: Any,
     parts: Sequence[Place],
-    stored: Mapping[str, _Stored],
+    stored: Mapping[str, Stored],
+    spoilt: list[str],
 ) -> np.ndarray:
+    """The leaf; adds to `spoilt` what of it has numbers that are not finite."""
     value = np.empty(shape, dtype)
     for part in parts:
-        tensor = stored[part.name].file.get_tensor(stored[part.name].name)
-        here = value if part.layer is None else value[part.layer]
-        here[...] = tensor.T if part.transposed else tensor
+        source = stored[part.name]
+        tensor = source.read()
+        here = value[...] if part.layer is None else value[part.layer]
+        with np.errstate(over="ignore", invalid="ignore"):  # it is said below
+            here[...] = tensor.T if part.transposed else tensor
         del tensor  # before the next is read
+        if bad := not_finite(here):
+            name = "" if DTYPES[source.dtype] == dtype else f" as {np.dtype(dtype)}"
+            spoilt.append(f"{source.name} in {source.where} ({bad:,}{name})")
     return value
 
 

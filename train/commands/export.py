@@ -1,6 +1,7 @@
 """A run's model as a folder that transformers opens."""
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import jax
 
 from oasis_jax import hf
 from oasis_jax.checkpoints import CheckpointError, Checkpoints
-from train.data.tokenizer import byte_tokenizer, coder_of, open_tokenizer
+from train.data.chat import read_chat
+from train.data.coder import coder_of
+from train.data.tokenizer import byte_tokenizer, open_tokenizer
 from train.errors import UserError
 from train.options import Export, Finetune, Pretrain
 from train.options.fields import Role, of_role
-from train.report.log import read_metrics, write_json
+from train.report.log import read_metrics
 from train.run import build
 from train.run.folder import RunFolder
 
@@ -32,20 +35,49 @@ def run(config: Export) -> Path:
         step, state = checkpoints.restore(setup.state)
     params = jax.device_get(jax.jit(lambda state: state.merged_params())(state))
     model: Any = setup.objective.model
-    hf.save(config.out, model.config, params, source=source, label_names=labels or None)
+    own = {} if source else _tokenizer(saved["tokenizer"])
+    return hf.save(
+        config.out,
+        model.config,
+        params,
+        source=source,
+        label_names=labels or None,
+        problem_type=_problem(saved),
+        stop_tokens=_stop_tokens(saved, source),
+        beside=own | {"README.md": card(saved, folder, step)},
+    )
+
+
+def _problem(saved: Mapping[str, Any]) -> str | None:
+    """What transformers calls the task of a classifier."""
+    if not saved.get("outputs"):
+        return None
+    return "single_label_classification" if saved["labels"] else "regression"
+
+
+def _stop_tokens(saved: Mapping[str, Any], source: str | None) -> list[int] | None:
+    """Those that end a text of the run's decoder."""
     if source is None:
-        _write_tokenizer(config.out, saved["tokenizer"])
-    (config.out / "README.md").write_text(card(saved, folder, step))
-    return config.out
+        return [coder_of(saved["tokenizer"]).separator]
+    if saved.get("outputs"):
+        return None
+    if saved.get("stop_tokens"):
+        return saved["stop_tokens"]
+    # Of a run that did not say it yet.
+    folder = hf.resolve(source)
+    tokenizer, _ = open_tokenizer(folder / "tokenizer.json")
+    return [read_chat(folder).end(tokenizer)]
 
 
-def _write_tokenizer(folder: Path, given: str | None) -> None:
+def _tokenizer(given: str | None) -> dict[str, str]:
     """The tokenizer that a model was pretrained with, and the token that ends a text."""
     tokenizer = open_tokenizer(given)[0] if given else byte_tokenizer()
     end = tokenizer.id_to_token(coder_of(given).separator)
-    tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-    write_json(folder / "tokenizer_config.json", about)
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(about, indent=2) + "\n",
+    }
 
 
 def card(saved: Mapping[str, Any], folder: Path, step: int) -> str:

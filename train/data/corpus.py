@@ -17,8 +17,8 @@ from pathlib import Path
 
 from train.data import prepared, streamed
 from train.data.batches import TextData
+from train.data.coder import coder_of
 from train.data.text import read_documents, standard_library, text_files
-from train.data.tokenizer import coder_of
 
 
 def load(

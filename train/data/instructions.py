@@ -21,9 +21,10 @@ from train.data.batches import Batch, fill, shuffled, split_off
 from train.data.chat import read_chat
 from train.data.conversations import Conversation, Writer, said_unread
 from train.data.packing import Answered, PackedRows, pack_examples
+from train.data.spelling import Spelling, Tokens
 from train.data.tasks import TASKS
 from train.data.text import existing_file, json_objects
-from train.data.tokenizer import Limits, Spelling, Tokens, open_tokenizer
+from train.data.tokenizer import Limits, open_tokenizer
 from train.errors import DataError
 from train.report.progress import progress_bar
 

@@ -6,21 +6,20 @@ seed, position).
 """
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 import tokenizers
 
 from train.data.batches import Batch, fill, shuffled
+from train.data.numbering import number_labels, some
 from train.data.packing import pack_shuffled
 from train.data.tables import (
     Example,
-    found_labels,
     hold_out,
     read_prepared,
     read_table,
@@ -48,6 +47,7 @@ class Labelled:
 
     Attributes:
       labels: Names by number; empty for a regression.
+      order: The task's own number of each, which `metrics` go by.
       metrics: What predictions are judged by; see `Task`.
       train_size, validation_size: Numbers of examples.
       train_rows: Number of rows that the examples for training are in.
@@ -55,6 +55,7 @@ class Labelled:
     """
 
     labels: tuple[str, ...]
+    order: tuple[int, ...]
     metrics: tuple[str, ...]
     train_size: int
     validation_size: int
@@ -100,6 +101,7 @@ def load_labelled(
     columns: Columns | None = None,
     regression: bool = False,
     labels: int | None = None,
+    label_names: Sequence[str] = (),
     eval_data: str | None = None,
     data_dir: str | None = None,
     packed: bool = False,
@@ -118,6 +120,7 @@ def load_labelled(
       columns: Of "classification": what is read; else as the task is distributed.
       regression: The label of "classification" is a number.
       labels: Outputs of the model's head, if it has one.
+      label_names: The names that the model has for its labels; see `number_labels`.
       eval_data: A file to hold out, in place of `dev.tsv` or a tenth of `data`.
       data_dir: Where TFDS datasets lie; None is TFDS's own default.
       packed: Puts several examples into a row, where they fit.
@@ -141,12 +144,11 @@ def load_labelled(
             f"seq {seq} leaves no room for text beside {special} special tokens"
         )
     splits = _splits(task, read, data, eval_data, data_dir)
-    names = _names(task, splits["train"], data, labels)
+    names, order, number = _numbers(task, splits, data, labels, label_names)
     held = ""
     if "validation" not in splits:
         splits = hold_out(splits["train"], data, seed)
         held = f" (a tenth, by seed {seed})"
-    number = _value if task.regression else _numbering(task, names)
     dtype = np.float32 if task.regression else np.int32
     tokenizer.enable_truncation(seq, strategy="longest_first")
     rows, truncated, most = {}, 0, slots(seq, packed)
@@ -166,38 +168,33 @@ def load_labelled(
     used = sum(map(len, train.tokens)) / (seq * len(train))
     return Labelled(
         names,
+        order,
         task.metrics,
         len(train.tokens),
         len(held_out.tokens),
         len(train),
         _fingerprint(rows, names),
         f"{name} in {data}: {len(train.tokens):,} training and {len(held_out.tokens):,}"
-        f" held-out examples{held}, {', '.join(names) or 'a regression'};"
+        f" held-out examples{held}, {some(names) or 'a regression'};"
         f" {truncated:,} truncated to {seq} tokens; rows {used:.0%} full",
         rows,
     )
 
 
-def _names(
-    task: Task, examples: list[Example], data: str, outputs: int | None
-) -> tuple[str, ...]:
-    """Of the labels: the task's, or those found; as many as the model has outputs."""
-    names: tuple[str, ...] = ()
+def _numbers(
+    task: Task,
+    splits: dict[str, list[Example]],
+    data: str,
+    outputs: int | None,
+    own: Sequence[str],
+) -> tuple[tuple[str, ...], tuple[int, ...], Callable[[Example], float]]:
+    """Names and order of the labels, none of a regression, and the label of an example."""
     if not task.regression:
-        names = task.labels or found_labels(examples, data)
-    needed = len(names) or 1
-    if outputs not in (None, needed):
-        raise DataError(
-            f"the model's head has {outputs} outputs, but {data} needs {needed}"
-            + (f" ({', '.join(names)})" if names else "")
-        )
-    return names
-
-
-def _numbering(task: Task, names: tuple[str, ...]) -> Callable[[Example], int]:
-    spellings = (*enumerate(names), *enumerate(task.spelled))
-    known = {spelling: index for index, spelling in spellings}
-    return functools.partial(_index, known)
+        found = number_labels(task, splits, data, outputs=outputs, own=own)
+        return found.names, found.order, found.of
+    if outputs not in (None, 1):
+        raise DataError(f"the model's head has {outputs} outputs, but {data} needs 1")
+    return (), (), _value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,14 +270,6 @@ def _splits(
     }
 
 
-def _index(known: dict[str, int], example: Example) -> int:
-    if example.label not in known:
-        raise DataError(
-            f"{example.place}: label {example.label!r} is none of {', '.join(known)}"
-        )
-    return known[example.label]
-
-
 def _value(example: Example) -> float:
     try:
         value = float(example.label)
@@ -300,12 +289,23 @@ def _encode(
     tokens, types, truncated = [], [], 0
     for start in range(0, len(examples), _CHUNK):
         part = [example.text for example in examples[start : start + _CHUNK]]
-        for encoding in tokenizer.encode_batch(part):
+        for encoding in _encoded(tokenizer, part):
             tokens.append(np.array(encoding.ids, np.int32))
             types.append(np.array(encoding.type_ids, np.int32))
             truncated += bool(encoding.overflowing)
         advance(len(part))
     return tokens, types, truncated
+
+
+def _encoded(
+    tokenizer: tokenizers.Tokenizer, part: list[Any]
+) -> list[tokenizers.Encoding]:
+    try:
+        return tokenizer.encode_batch(part)
+    except Exception as error:  # all that the library raises
+        raise DataError(
+            f"the tokenizer fails at a text of the data: {error}"
+        ) from error
 
 
 def _padding(tokenizer: tokenizers.Tokenizer) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from train.data.batches import Batch, Order, TextData
-from train.data.tokenizer import Coder
+from train.data.coder import Coder
 from train.errors import DataError
 from train.report.progress import progress_bar
 

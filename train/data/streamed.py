@@ -9,8 +9,8 @@ import grain
 import numpy as np
 
 from train.data.batches import Batch, Order, TextData
+from train.data.coder import Coder
 from train.data.tfds import open_prepared, random_access
-from train.data.tokenizer import Coder
 from train.errors import DataError
 
 # Part of every fingerprint: raise it whenever the rows would differ.

@@ -42,9 +42,18 @@ def labels(shape: BertConfig, batch: int, seq: int, slots: int) -> Objective:
 
 
 def scores(
-    model: Bert, params: Any, batches: Iterable[Any], names: Sequence[str]
+    model: Bert,
+    params: Any,
+    batches: Iterable[Any],
+    names: Sequence[str],
+    order: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Metrics by name, their mean as `score`, and the loss, of held-out batches."""
+    """Metrics by name, their mean as `score`, and the loss, of held-out batches.
+
+    Args:
+      order: The number that the metrics have for each of the model's labels, where it
+        is another: one of them, f1 say, knows which label is the positive one.
+    """
     seen: list[tuple[Any, ...]] = []
     for batch in batches:
         predictions, losses = _judge(model, params, batch)
@@ -52,6 +61,8 @@ def scores(
         rows = (predictions, batch["labels"], losses)
         seen.append(tuple(np.asarray(a)[real] for a in rows))
     predictions, right, losses = map(np.concatenate, zip(*seen, strict=True))
+    if order:
+        predictions, right = (np.asarray(order)[a] for a in (predictions, right))
     measured = metrics(names, predictions, right)
     return {
         "val_loss": float(losses.mean()),

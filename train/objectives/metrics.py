@@ -49,7 +49,10 @@ def _answer(text: str) -> decimal.Decimal | str:
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
     "matthews": sklearn.metrics.matthews_corrcoef,
-    "f1": functools.partial(sklearn.metrics.f1_score, zero_division=0),
+    # Of label 1, also where a model has more labels than the task.
+    "f1": functools.partial(
+        sklearn.metrics.f1_score, labels=[1], average="micro", zero_division=0
+    ),
     "accuracy": sklearn.metrics.accuracy_score,
     "pearson": _correlation(scipy.stats.pearsonr),
     "spearman": _correlation(scipy.stats.spearmanr),

@@ -155,7 +155,7 @@ class Kind:
 
     Attributes:
       model: The Flax module that it takes.
-      load: `load(config, folder, limits, outputs, begun, progress)`: its examples.
+      load: `load(config, folder, limits, model, begun, progress)`: its examples.
       objective: `objective(config, shape)`.
       judge: `judge(config, setup, data)`.
     """
@@ -170,7 +170,7 @@ def _load_labelled(
     config: Finetune,
     folder: Path,
     limits: Limits,
-    outputs: int | None,
+    model: hf.Described,
     begun: datetime.datetime,
     progress: bool,
 ) -> Labelled:
@@ -185,7 +185,8 @@ def _load_labelled(
         limits,
         columns=Columns(text, config.label),
         regression=config.regression,
-        labels=outputs,
+        labels=len(model.label_names) if model.classifies else None,
+        label_names=model.label_names,
         eval_data=config.eval_data,
         data_dir=config.data_dir,
         packed=config.pack,
@@ -197,7 +198,7 @@ def _load_instructions(
     config: Finetune,
     folder: Path,
     limits: Limits,
-    outputs: None,
+    model: hf.Described,
     begun: datetime.datetime,
     progress: bool,
 ) -> Instructions:
@@ -252,10 +253,13 @@ def task_data(
 
     Raises:
       DataError: if the data cannot be used, or does not fit the model.
+      HfError: if a file of the folder lies outside of it, or its config is not that of
+        its weights.
     """
     limits = Limits(config.seq, shape.vocab_size, shape.positions)
-    outputs = getattr(shape, "labels", 0) or None
-    return kind_of(config.task).load(config, folder, limits, outputs, begun, progress)
+    model = hf.describe(folder)
+    hf.texts(folder)  # none of the tokenizer's files is elsewhere
+    return kind_of(config.task).load(config, folder, limits, model, begun, progress)
 
 
 def outputs_of(config: Finetune, data: Labelled | Instructions) -> int:

@@ -43,7 +43,7 @@ def judge_labels(config: Finetune, setup: Setup, data: Labelled) -> Judge:
     """By the task's metrics, and the loss."""
     model: Any = setup.objective.model
     return lambda params: scores(
-        model, params, data.validation(config.batch), data.metrics
+        model, params, data.validation(config.batch), data.metrics, data.order
     )
 
 

@@ -21,8 +21,9 @@ from oasis_jax.paths import flatten_paths
 from train.__main__ import main
 from train.commands import export, finetune
 from train.commands.pretrain import run as pretrain
+from train.data.coder import coder_of
 from train.data.labelled import load_labelled
-from train.data.tokenizer import Limits, byte_tokenizer, coder_of
+from train.data.tokenizer import Limits, byte_tokenizer
 from train.options import Export, Finetune, Pretrain
 from train.run import build
 from train.run.setup import train_step
@@ -254,6 +255,11 @@ def test_instructions_are_learnt_answered_and_exported(instruct, tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (
         Path(config.model) / "tokenizer.json"
     ).read_bytes()
+    end = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).token_to_id
+    for name in ("config.json", "generation_config.json"):
+        about = json.loads((out / name).read_text())
+        assert about["eos_token_id"] == end("<|endoftext|>"), name
+    about, _, _ = kept(config.out / "best")
     card = (out / "README.md").read_text()
     assert "method `oasis`" in card and f"{step:,} steps of 4 x 32" in card
     assert about["data"] in card and "val_loss" in card
@@ -270,8 +276,22 @@ def test_adapters_are_merged_in_an_export(classify, tmp_path):
         assert np.array_equal(leaf, merged[path]), path
     kernel = "blocks/attn/q_proj/kernel"
     assert not np.array_equal(merged[kernel], began[kernel])
-    names = json.loads((out / "config.json").read_text())["id2label"]
-    assert names == {"0": "negative", "1": "positive"}
+    about = json.loads((out / "config.json").read_text())
+    assert about["id2label"] == {"0": "negative", "1": "positive"}
+    assert about["problem_type"] == "single_label_classification"
+    # Tuned again, on a head whose labels are in another order, it has the same scores.
+    swapped = tmp_path / "swapped"
+    head = loaded.params["classifier"]
+    head = {"kernel": head["kernel"][:, ::-1], "bias": head["bias"][::-1]}
+    names = ("Positive", "Negative")
+    params = loaded.params | {"classifier": head}
+    hf.save(swapped, loaded.config, params, source=out, label_names=names)
+    again = dataclasses.replace(
+        config, model=str(swapped), out=tmp_path / "again", lr=1e-12, steps=1
+    )
+    before = lines(config.out)[-1]
+    assert finetune.run(again)["best"]["accuracy"] == before["accuracy"]
+    assert kept(again.out / "best")[0]["labels"] == [*names]
 
 
 def test_a_pretrained_model_is_exported_too(tmp_path):
@@ -293,6 +313,7 @@ def test_a_pretrained_model_is_exported_too(tmp_path):
             json.loads((out / "tokenizer_config.json").read_text())["eos_token"]
         )
         == coder_of(None).separator
+        == json.loads((out / "generation_config.json").read_text())["eos_token_id"]
     )
     _, _, state = kept(run.out / "checkpoints")
     kernel = "blocks/mlp/up_proj/kernel"

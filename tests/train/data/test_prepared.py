@@ -12,7 +12,7 @@ from tests.train.data.corpora import (
     texts,
     windows,
 )
-from train.data import tokenizer
+from train.data.coder import Coder
 from train.errors import DataError
 
 # Windows
@@ -118,9 +118,7 @@ def when_written(folder):
 def test_second_load_does_not_prepare_again(folder, load_text, tmp_path, monkeypatch):
     first = load_text(folder)
     before = when_written(tmp_path / "cache")
-    monkeypatch.setattr(
-        tokenizer.Coder, "document", lambda *args: pytest.fail("tokenised again")
-    )
+    monkeypatch.setattr(Coder, "document", lambda *args: pytest.fail("tokenised again"))
     second = load_text(folder)
     assert when_written(tmp_path / "cache") == before
     assert (second.fingerprint, second.description) == (
@@ -141,7 +139,7 @@ def test_interrupted_preparation_is_redone(folder, load_text, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer.Coder, "document", killed)
+        patch.setattr(Coder, "document", killed)
         with pytest.raises(KeyboardInterrupt):
             load_text(folder)
     assert not list((tmp_path / "cache").iterdir())
