@@ -16,7 +16,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from train.data.batches import Batch, fill, shuffled, split_off
+from train.data.batches import Batch, fill, normal, shared, shuffled, split_off
 from train.data.chat import Chat, Messages, read_chat
 from train.data.packing import Answered, PackedRows, pack_examples
 from train.data.tasks import TASKS
@@ -26,7 +26,7 @@ from train.errors import DataError
 from train.report.progress import progress_bar
 
 # Part of every fingerprint: raise it whenever the rows would differ.
-_PREPARATION = 1
+_PREPARATION = 2
 _CHUNK = 1024  # examples given to the tokenizer at once
 _HELD_OUT = 512  # examples, at most
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -126,10 +126,14 @@ def load_instructions(
     files = [existing_file(file) for file in (data, eval_data) if file]
     turns = [[*_conversations(file, chat)] for file in files]
     draw = np.random.default_rng(seed)
-    held = ""
-    if not eval_data:
+    held, note = "", ""
+    if eval_data:
+        note = shared(turns[0], turns[1], lambda turn: normal(turn.text))
+    else:
         size = min(_HELD_OUT, max(1, int(share * len(turns[0]))))
-        turns = [*split_off(turns[0], size, draw)]
+        *turns, note = split_off(
+            turns[0], size, draw, lambda turn: normal(turn.text), data
+        )
         held = f" (by seed {seed})"
     rows, cut, dropped = {}, 0, 0
     total = sum(map(len, turns))
@@ -163,7 +167,7 @@ def load_instructions(
         f"{data}: {len(train.examples):,} training examples in {len(train):,} rows of"
         f" {seq} tokens ({used / len(train) / (seq + 1):.0%} full) and"
         f" {len(held_out.examples):,} held-out ones{held}; {cut:,} truncated, {dropped:,}"
-        " dropped for their long prompts",
+        f" dropped for their long prompts{note}",
         tokenizer,
         rows,
     )
