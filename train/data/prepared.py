@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import tensorflow_datasets as tfds
 from train.data.batches import Batch, Order, TextData, counted, normal
 from train.data.tokenizer import Coder
 from train.errors import DataError
+from train.files import scratch
 from train.report.progress import progress_bar
 
 # Part of every fingerprint: raise it whenever the prepared tokens would differ.
@@ -25,6 +25,13 @@ BLOCK = 4096  # tokens per record
 Read = Callable[[], Iterator[str]]
 """Reads all documents, from the start each time."""
 _Blocks = dict[str, Iterable[np.ndarray]]  # split to blocks of tokens
+
+
+class _Info(tfds.core.DatasetInfo):
+    """One of a dataset that is made here."""
+
+    def initialize_from_bucket(self) -> None:
+        """TFDS would look for it elsewhere, and leave a temporary folder behind."""
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -42,9 +49,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         # read; unshuffled, because windows run across neighbouring records.
         block = tfds.features.Tensor(shape=(None,), dtype=self._dtype, encoding="bytes")
         features = tfds.features.FeaturesDict({"tokens": block})
-        return tfds.core.DatasetInfo(
-            builder=self, features=features, disable_shuffling=True
-        )
+        return _Info(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {key: self._generate_examples(val) for key, val in self._splits.items()}
@@ -204,14 +209,13 @@ def _blocks(stream: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _write(target: Path, splits: _Blocks, dtype: np.dtype) -> None:
     """Prepares beside the target and renames, so that a kill leaves no half."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     tfds.disable_progress_bar()  # TFDS draws its own even without a terminal
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".prepare-") as scratch:
-        data = Path(scratch, "data")
+    with scratch(target.parent, ".prepare-") as folder:
+        data = folder / "data"
         builder = PackedText(splits, dtype, data_dir=data, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ..."
             builder.download_and_prepare(
-                download_dir=Path(scratch, "downloads"),
+                download_dir=folder / "downloads",
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
         try:
