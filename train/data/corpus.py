@@ -59,7 +59,8 @@ def load(
     coder = coder_of(tokenizer)
     rows = (seq, held_batches)
     if data is not None and data.startswith("tfds:"):
-        return streamed.open_text(data.removeprefix("tfds:"), data_dir, coder, *rows)
+        name = data.removeprefix("tfds:")
+        return streamed.open_text(name, data_dir, coder, *rows, progress)
     files, note = (standard_library(), "") if data is None else text_files(data)
     read = functools.partial(read_documents, files, skip_undecodable=data is None)
     name = data or f"Python {platform.python_version()} standard library"
