@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +74,34 @@ def owned(folder: Path, name: str) -> Iterator[None]:
             if made:
                 folder.rmdir()  # fails, as it should, if there is something in it
         os.close(held)
+
+
+@contextmanager
+def scratch(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder below `parent`, for what is not finished, gone at the end.
+
+    What processes that were killed left under the same prefix goes first; a folder whose
+    process is alive, here or on another host that shares the disk, is left alone.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{prefix}*"):
+        if left.is_dir() and not is_owned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = parent / f"{prefix}{secrets.token_hex(4)}"
+            # Another process may take it for a left one before it is locked.
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(owned(folder, str(folder)))
+                break
+        try:
+            yield folder
+        finally:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK:
+                    path.unlink()
 
 
 def is_owned(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from train.errors import UserError
-from train.files import LOCK, is_owned, owned, replacing
+from train.files import LOCK, is_owned, owned, replacing, scratch
 
 OWNER = """
 import sys, time
@@ -72,3 +72,21 @@ def test_a_folder_is_left_as_it_was(tmp_path):
     with owned(tmp_path / "old", "--out"):
         pass
     assert [f.name for f in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_killed_processes_left_is_removed(owner):
+    theirs, process = owner
+    parent, left = theirs.parent, theirs.parent / "out-left"
+    (left / "deep").mkdir(parents=True)
+    (left / LOCK).write_text("{}")
+    with scratch(parent, "out") as mine:
+        assert {*parent.iterdir()} == {theirs, mine}
+        (mine / "data").mkdir()
+        (mine / "data" / "a.txt").write_text("a")
+        (mine / "b.txt").write_text("b")
+    assert [*parent.iterdir()] == [theirs]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with scratch(parent, "out") as mine:
+        assert [*parent.iterdir()] == [mine]
+    assert not [*parent.iterdir()]

@@ -2,12 +2,15 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
+
+from train.errors import DataError
 
 Batch = dict[str, np.ndarray]
 """Arrays by name, whose first axis counts rows. Of text `tokens` and `segments`, both
@@ -100,18 +103,85 @@ class TextData(abc.ABC):
 def shuffled(
     rows: grain.sources.RandomAccessDataSource[Batch], batch: int, seed: int
 ) -> grain.DatasetIterator[Batch]:
-    """Returns endless batches of single rows; see `Dataset.train`."""
-    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    return iter(order.to_iter_dataset().batch(batch, drop_remainder=True))
+    """Returns endless batches of single rows; see `Dataset.train`.
+
+    An epoch is ceil(rows / batch) batches and has each row once: rows of zeros, whose
+    weights are 0, fill up its last batch.
+    """
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch)
+    order = grain.MapDataset.source(rows).seed(seed).shuffle()
+    return iter(order.batch(batch, batch_fn=pad).repeat().to_iter_dataset())
+
+
+Key = Callable[[Any], Hashable]
+"""What is equal in equal items."""
+
+
+def normal(text: str) -> str:
+    """The text as its duplicates have it: one space wherever there is white space.
+
+    >>> normal(" a\\r\\n b ")
+    'a b'
+    """
+    return " ".join(text.split())
 
 
 def split_off(
-    items: Sequence[Any], size: int, draw: np.random.Generator
-) -> tuple[list[Any], list[Any]]:
-    """What stays, and `size` items held out by chance, both in their order."""
-    held = set(draw.permutation(len(items))[:size].tolist())
+    items: Sequence[Any], size: int, draw: np.random.Generator, key: Key, data: str
+) -> tuple[list[Any], list[Any], str]:
+    """What stays, and about `size` items held out by chance, both in their order.
+
+    Equal items stay on one side, so `size` is met exactly where there are none.
+
+    Args:
+      data: Where the items are from, for messages.
+
+    Returns:
+      Both, and what is to be said of equal items: "; ..." if there are any.
+
+    Raises:
+      DataError: if there is but one item, or all are equal.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(key(item), []).append(index)
+    if len(groups) < 2:
+        raise DataError(
+            f"data {data!r} is too small to hold out a part of it"
+            + (f": its {len(items):,} rows are all equal" if len(items) > 1 else "")
+        )
+    parts = [*groups.values()]
+    drawn = [parts[i] for i in draw.permutation(len(parts)).tolist()]
+    held: set[int] = set()
+    for part in drawn:
+        if len(held) < size and len(held) + len(part) <= max(size, len(items) // 2):
+            held.update(part)
+    held = held or {*min(drawn, key=len)}
     stays = [item for i, item in enumerate(items) if i not in held]
-    return stays, [items[i] for i in sorted(held)]
+    copies = len(items) - len(parts)
+    note = f"; {counted(copies, 'duplicate row')}, kept on one side" if copies else ""
+    return stays, [items[i] for i in sorted(held)], note
+
+
+def shared(train: Sequence[Any], held: Sequence[Any], key: Key) -> str:
+    """What is to be said of held-out items that are trained on: "; ..." if any are."""
+    seen = {key(item) for item in train}
+    both = sum(key(item) in seen for item in held)
+    verb = "is" if both == 1 else "are"
+    return (
+        f"; {counted(both, 'held-out row')} {verb} among the training rows"
+        if both
+        else ""
+    )
+
+
+def counted(number: int, name: str) -> str:
+    """A number of things.
+
+    >>> counted(1200, "row")
+    '1,200 rows'
+    """
+    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def fill(rows: Batch, batch: int) -> Batch:

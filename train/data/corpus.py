@@ -18,7 +18,7 @@ from pathlib import Path
 from train.data import prepared, streamed
 from train.data.batches import TextData
 from train.data.coder import coder_of
-from train.data.text import read_documents, standard_library, text_files
+from train.data.documents import read_documents, standard_library, text_files
 
 
 def load(
@@ -34,9 +34,9 @@ def load(
     """Finds text, and prepares it unless that was done before.
 
     Args:
-      data: A text file (one document), a `.jsonl` file (one document per line, in
-        the field `text`), a directory (every text file below it, each a document),
-        `tfds:NAME` (a TFDS dataset already prepared, with a feature `text`), or
+      data: A text file (one document), a `.jsonl`, `.json` or `.parquet` file (a document
+        is a row's field `text`), compressed or not, a directory or a pattern of such
+        files, `tfds:NAME` (a TFDS dataset already prepared, with a feature `text`), or
         None for the Python standard library's own source.
       tokenizer: Path of a `tokenizer.json`, or None for bytes: 256 tokens, byte 0
         separates documents.
@@ -59,8 +59,9 @@ def load(
     coder = coder_of(tokenizer)
     rows = (seq, held_batches)
     if data is not None and data.startswith("tfds:"):
-        return streamed.open_text(data.removeprefix("tfds:"), data_dir, coder, *rows)
-    files = standard_library() if data is None else text_files(data)
+        name = data.removeprefix("tfds:")
+        return streamed.open_text(name, data_dir, coder, *rows, progress)
+    files, note = (standard_library(), "") if data is None else text_files(data)
     read = functools.partial(read_documents, files, skip_undecodable=data is None)
     name = data or f"Python {platform.python_version()} standard library"
-    return prepared.prepare(name, read, coder, Path(cache), progress, *rows)
+    return prepared.prepare(name, read, coder, Path(cache), progress, *rows, note)

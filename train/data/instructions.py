@@ -17,13 +17,13 @@ import grain
 import numpy as np
 import tokenizers
 
-from train.data.batches import Batch, fill, shuffled, split_off
+from train.data.batches import Batch, fill, normal, shared, shuffled, split_off
 from train.data.chat import read_chat
 from train.data.conversations import Conversation, Writer, said_unread
 from train.data.packing import Answered, PackedRows, pack_examples
 from train.data.spelling import Spelling, Tokens
 from train.data.tasks import TASKS
-from train.data.text import existing_file, json_objects
+from train.data.text import OBJECTS, json_objects, row_files
 from train.data.tokenizer import Limits, open_tokenizer
 from train.errors import DataError
 from train.report.progress import progress_bar
@@ -110,7 +110,8 @@ def load_instructions(
 
     Args:
       name: A key of `TASKS`.
-      data: A `.jsonl` file. A line has `prompt` and `completion`, `question` and
+      data: A `.jsonl`, `.json` or `.parquet` file, maybe compressed, or a directory or
+        pattern of such. A row has `prompt` and `completion`, `question` and
         `answer`, or `messages`: a list of {"role", "content"}, the assistant's last;
         every turn of the assistant is learnt. `tools`, `documents` and all other keys are
         for the chat template, as `apply_chat_template` of transformers has it.
@@ -135,13 +136,20 @@ def load_instructions(
     end, now = chat.end(tokenizer), now or datetime.datetime.now()
     spelling = Spelling.of(tokenizer, chat.tokens.values())
     writer = Writer(chat, [*spelling.names], now)
-    files = [existing_file(file) for file in (data, eval_data) if file]
-    turns = [[*writer.write(json_objects(file))] for file in files]
+    files = [row_files(name, OBJECTS) for name in (data, eval_data) if name]
+    turns = [
+        [*writer.write(itertools.chain.from_iterable(map(json_objects, part)))]
+        for part in files
+    ]
     draw = np.random.default_rng(seed)
-    held = ""
-    if not eval_data:
+    held, note = "", ""
+    if eval_data:
+        note = shared(turns[0], turns[1], lambda turn: normal(turn.text))
+    else:
         size = min(_HELD_OUT, max(1, int(share * len(turns[0]))))
-        turns = [*split_off(turns[0], size, draw)]
+        *turns, note = split_off(
+            turns[0], size, draw, lambda turn: normal(turn.text), data
+        )
         held = f" (by seed {seed})"
     rows, cut, dropped = {}, 0, 0
     reader = _Reader(tokenizer, spelling, end, bool(chat.sources))
@@ -152,9 +160,9 @@ def load_instructions(
             kept = [example for example in whole if example.learnt[: seq + 1].any()]
             if not kept:
                 kind = {"train": "training", "validation": "held-out"}[split]
-                file = files[0 if split == "train" else -1]
+                file = (data, eval_data or data)[split == "validation"]
                 raise DataError(
-                    f"data {str(file)!r} has no {kind} examples"
+                    f"data {file!r} has no {kind} examples"
                     + (f" whose prompts are shorter than seq {seq}" if whole else "")
                 )
             dropped += len(whole) - len(kept)
@@ -163,8 +171,8 @@ def load_instructions(
     state = (_PREPARATION, seq, seed, share, content, chat)
     day = now.isoformat() if writer.dated else ""
     digest = hashlib.sha256(repr((state, day)).encode())
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for path in itertools.chain.from_iterable(files):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     train, held_out = rows["train"], rows["validation"]
     used = sum(min(len(example.tokens), seq + 1) for example in train.examples)
     unread = said_unread(writer.unread)
@@ -178,7 +186,7 @@ def load_instructions(
         f"{data}: {len(train.examples):,} training examples in {len(train):,} rows of"
         f" {seq} tokens ({used / len(train) / (seq + 1):.0%} full) and"
         f" {len(held_out.examples):,} held-out ones{held}; {cut:,} truncated, {dropped:,}"
-        f" dropped for their long prompts{unread and f'; {unread}'}",
+        f" dropped for their long prompts{note}{unread and f'; {unread}'}",
         tokenizer,
         rows,
     )

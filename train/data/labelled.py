@@ -15,23 +15,26 @@ import grain
 import numpy as np
 import tokenizers
 
-from train.data.batches import Batch, fill, shuffled
+from train.data.batches import Batch, fill, shared, shuffled
 from train.data.numbering import number_labels, some
 from train.data.packing import pack_shuffled
+from train.data.spelling import Spelling
 from train.data.tables import (
+    TABLES,
     Example,
+    content,
     hold_out,
     read_prepared,
     read_table,
 )
 from train.data.tasks import SENTENCES, TASKS, Columns, Task
-from train.data.text import existing_file
+from train.data.text import row_files
 from train.data.tokenizer import Limits, open_tokenizer
 from train.errors import DataError
 from train.report.progress import progress_bar
 
 # Part of every fingerprint: raise it whenever the rows would differ.
-_PREPARATION = 1
+_PREPARATION = 2
 _CHUNK = 1024  # examples given to the tokenizer at once
 
 
@@ -113,8 +116,9 @@ def load_labelled(
     Args:
       name: A key of `TASKS`.
       data: For a task of GLUE a folder with its `train.tsv` and `dev.tsv`; for
-        "classification" a `.csv` (cells may be quoted), `.tsv` (they are not) or
-        `.jsonl` file; for both `tfds:NAME`, a TFDS dataset already prepared.
+        "classification" a file with an ending of `tables.TABLES`, compressed or not, a
+        directory or a pattern of such; for both `tfds:NAME`, a TFDS dataset already
+        prepared.
       tokenizer_file: Path of a `tokenizer.json`. What it puts around texts stays.
       limits: Of longer examples the longer text is cut first.
       columns: Of "classification": what is read; else as the task is distributed.
@@ -146,17 +150,20 @@ def load_labelled(
     splits = _splits(task, read, data, eval_data, data_dir)
     names, order, number = _numbers(task, splits, data, labels, label_names)
     held = ""
-    if "validation" not in splits:
-        splits = hold_out(splits["train"], data, seed)
+    if "validation" in splits:
+        note = shared(splits["train"], splits["validation"], content)
+    else:
+        splits, note = hold_out(splits["train"], data, seed)
         held = f" (a tenth, by seed {seed})"
     dtype = np.float32 if task.regression else np.int32
-    tokenizer.enable_truncation(seq, strategy="longest_first")
+    encoder = Spelling.of(tokenizer).plain
+    encoder.enable_truncation(seq, strategy="longest_first")
     rows, truncated, most = {}, 0, slots(seq, packed)
     total = sum(map(len, splits.values()))
     with progress_bar(total, "Tokenising", shown=progress) as bar:
         for split, examples in splits.items():
             values = np.array([number(example) for example in examples], dtype)
-            tokens, types, cut = _encode(tokenizer, examples, bar.advance)
+            tokens, types, cut = _encode(encoder, examples, bar.advance)
             contents = [[example] for example in range(len(tokens))]
             if packed:
                 draw, lengths = np.random.default_rng(seed), [*map(len, tokens)]
@@ -176,7 +183,7 @@ def load_labelled(
         _fingerprint(rows, names),
         f"{name} in {data}: {len(train.tokens):,} training and {len(held_out.tokens):,}"
         f" held-out examples{held}, {some(names) or 'a regression'};"
-        f" {truncated:,} truncated to {seq} tokens; rows {used:.0%} full",
+        f" {truncated:,} truncated to {seq} tokens; rows {used:.0%} full{note}",
         rows,
     )
 
@@ -264,7 +271,11 @@ def _splits(
         files["train"] = str(folder / "train.tsv")
         files["validation"] = eval_data or str(folder / "dev.tsv")
     return {
-        split: read_table(existing_file(file), columns)
+        split: [
+            example
+            for part in row_files(file, TABLES)
+            for example in read_table(part, columns)
+        ]
         for split, file in files.items()
         if file
     }
@@ -318,10 +329,10 @@ def _fingerprint(rows: dict[str, _Rows], names: tuple[str, ...]) -> str:
     settings = [
         (split, part.seq, part.slots, part.padding) for split, part in rows.items()
     ]
-    content = hashlib.sha256(repr((_PREPARATION, names, settings)).encode())
+    digest = hashlib.sha256(repr((_PREPARATION, names, settings)).encode())
     for part in rows.values():
-        content.update(repr(part.contents).encode())
-        content.update(np.array([len(tokens) for tokens in part.tokens]).tobytes())
+        digest.update(repr(part.contents).encode())
+        digest.update(np.array([len(tokens) for tokens in part.tokens]).tobytes())
         for values in (*part.tokens, *part.types, part.labels):
-            content.update(values.tobytes())
-    return content.hexdigest()[:16]
+            digest.update(values.tobytes())
+    return digest.hexdigest()[:16]

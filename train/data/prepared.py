@@ -1,11 +1,9 @@
 """Local text, tokenised once into a small TFDS dataset and then read at random."""
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import io
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,26 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from train.data.batches import Batch, Order, TextData
+from train.data.batches import Batch, Order, TextData, counted, normal
 from train.data.coder import Coder
 from train.errors import DataError
+from train.files import scratch
 from train.report.progress import progress_bar
 
 # Part of every fingerprint: raise it whenever the prepared tokens would differ.
-_PREPARATION = 1
+_PREPARATION = 2
 BLOCK = 4096  # tokens per record
 
 Read = Callable[[], Iterator[str]]
 """Reads all documents, from the start each time."""
 _Blocks = dict[str, Iterable[np.ndarray]]  # split to blocks of tokens
+
+
+class _Info(tfds.core.DatasetInfo):
+    """One of a dataset that is made here."""
+
+    def initialize_from_bucket(self) -> None:
+        """TFDS would look for it elsewhere, and leave a temporary folder behind."""
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
@@ -43,9 +49,7 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         # read; unshuffled, because windows run across neighbouring records.
         block = tfds.features.Tensor(shape=(None,), dtype=self._dtype, encoding="bytes")
         features = tfds.features.FeaturesDict({"tokens": block})
-        return tfds.core.DatasetInfo(
-            builder=self, features=features, disable_shuffling=True
-        )
+        return _Info(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {key: self._generate_examples(val) for key, val in self._splits.items()}
@@ -62,28 +66,39 @@ def prepare(
     progress: bool,
     seq: int,
     held_batches: int | None,
+    note: str = "",
 ) -> TextData:
     """Tokenises what `read` yields, unless the cache has it, and opens it.
+
+    Args:
+      note: What else is to be said of the files, for the description.
 
     Raises:
       DataError: if there is no text, or a split is too short for one row.
     """
-    sizes: collections.Counter[bytes] = collections.Counter()
+    groups: _Groups = {}
     content = hashlib.sha256(repr((_PREPARATION, BLOCK, coder.identity)).encode())
     documents = 0
     for text in read():
         digest = _digest(text)
         content.update(digest)
-        sizes[digest] += len(text)
+        group = groups.setdefault(_digest(normal(text)), _Group(digest))
+        group.size += len(text)
         documents += 1
     if not documents:
-        raise DataError(f"data {name!r} is empty: there is no text in it")
+        raise DataError(f"data {name!r} is empty: there is no text in it{note}")
+    if 1 == len(groups) < documents:
+        raise DataError(
+            f"data {name!r}: nothing can be held out, its {documents:,} documents are"
+            " all equal"
+        )
+    held, copies = _held(groups), documents - len(groups)
     fingerprint = content.hexdigest()[:16]
     target = cache / fingerprint
     if not target.exists():
-        with progress_bar(sizes.total(), "Preparing tokens", shown=progress) as bar:
-            splits = _splits(read, coder, sizes, bar.advance)
-            _write(target, splits, coder.dtype)
+        total = sum(group.size for group in groups.values())
+        with progress_bar(total, "Preparing tokens", shown=progress) as bar:
+            _write(target, _splits(read, coder, held, bar.advance), coder.dtype)
     # Also open to others: tfds.data_source("packed_text:1.0.0", data_dir=target).
     folder = target / PackedText.name / str(PackedText.VERSION)
     blocks = tfds.builder_from_directory(folder).as_data_source()
@@ -92,9 +107,12 @@ def prepare(
         for split, records in blocks.items()
     }
     description = (
-        f"{name}: {documents:,} document{'s' * (documents > 1)},"
+        f"{name}: {counted(documents, 'document')},"
         f" {count['train']:,} training and {count['validation']:,} held-out tokens"
     )
+    if copies:
+        kept = "kept on one side" if held else "read once"
+        description += f"; {counted(copies, 'duplicate document')}, {kept}"
     if min(count.values()) <= seq:
         raise DataError(
             f"seq {seq} needs at least {seq + 1} training and {seq + 1} held-out"
@@ -105,7 +123,7 @@ def prepare(
         seq,
         held_batches,
         fingerprint,
-        description,
+        description + note,
         blocks=blocks,
         count=count,
         separator=coder.separator,
@@ -116,28 +134,45 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _splits(
-    read: Read,
-    coder: Coder,
-    sizes: collections.Counter[bytes],
-    advance: Callable[[int], object],
-) -> _Blocks:
-    """Returns the blocks of both splits; about a twentieth is held out.
+@dataclasses.dataclass
+class _Group:
+    """Documents that are equal but for white space."""
 
-    Whole documents where possible, chosen by a hash of their text so that equal
-    ones stay on one side and the order of files does not matter. If not one is
-    small enough (a single book, a few of them), the tail of the stream instead.
+    first: bytes  # the digest of the first of them
+    size: int = 0  # characters of them all
+
+
+_Groups = dict[bytes, _Group]  # by the digest of what is equal
+
+
+def _held(groups: _Groups) -> set[bytes]:
+    """About a twentieth of the text, chosen by a hash of it.
+
+    So equal documents stay on one side, and the order of files does not matter. Empty if
+    not one is small enough.
     """
     held: set[bytes] = set()
-    taken, total = 0, sizes.total()
-    for digest in sorted(sizes):
-        if taken < total / 20 and taken + sizes[digest] <= total / 10:
+    taken, total = 0, sum(group.size for group in groups.values())
+    for digest, group in sorted(groups.items(), key=lambda item: item[1].first):
+        if taken < total / 20 and taken + group.size <= total / 10:
             held.add(digest)
-            taken += sizes[digest]
+            taken += group.size
+    return held
+
+
+def _splits(
+    read: Read, coder: Coder, held: set[bytes], advance: Callable[[int], object]
+) -> _Blocks:
+    """Returns the blocks of both splits.
+
+    Whole documents where possible. If not one is small enough (a single book, a few of
+    them), the tail of the stream instead, of which there must be no copy: then
+    documents that are equal are read once.
+    """
 
     def stream(keep: Callable[[bytes], bool]) -> Iterator[np.ndarray]:
         for text in read():
-            if keep(_digest(text)):
+            if keep(_digest(normal(text))):
                 yield from coder.document(text, advance)
 
     if held:
@@ -145,7 +180,14 @@ def _splits(
             "train": _blocks(stream(lambda digest: digest not in held)),
             "validation": _blocks(stream(lambda digest: digest in held)),
         }
-    tokens = np.concatenate([*stream(lambda digest: True)])
+    seen: set[bytes] = set()
+
+    def is_new(digest: bytes) -> bool:
+        new = digest not in seen
+        seen.add(digest)
+        return new
+
+    tokens = np.concatenate([*stream(is_new)])
     cut = len(tokens) - max(1, len(tokens) // 10)
     return {"train": _blocks([tokens[:cut]]), "validation": _blocks([tokens[cut:]])}
 
@@ -167,14 +209,13 @@ def _blocks(stream: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _write(target: Path, splits: _Blocks, dtype: np.dtype) -> None:
     """Prepares beside the target and renames, so that a kill leaves no half."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     tfds.disable_progress_bar()  # TFDS draws its own even without a terminal
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".prepare-") as scratch:
-        data = Path(scratch, "data")
+    with scratch(target.parent, ".prepare-") as folder:
+        data = folder / "data"
         builder = PackedText(splits, dtype, data_dir=data, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ..."
             builder.download_and_prepare(
-                download_dir=Path(scratch, "downloads"),
+                download_dir=folder / "downloads",
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
         try:

@@ -8,13 +8,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from train.data.batches import Batch, Order, TextData
+from train.data.batches import Batch, Order, TextData, normal
 from train.data.coder import Coder
 from train.data.tfds import open_prepared, random_access
 from train.errors import DataError
+from train.report.progress import progress_bar
 
 # Part of every fingerprint: raise it whenever the rows would differ.
-_PREPARATION = 1
+_PREPARATION = 2
 
 
 class _ConcatThenSplit(grain.experimental.ConcatThenSplitIterDataset):
@@ -37,12 +38,32 @@ class _ConcatThenSplit(grain.experimental.ConcatThenSplitIterDataset):
         return iterator
 
 
+class _Unseen:
+    """Leaves out documents that are held out too."""
+
+    def __init__(self, held: frozenset[bytes], count: int):
+        self.held, self.count, self.in_a_row = held, count, 0
+
+    def __call__(self, record: dict[str, bytes]) -> bool:
+        unseen = _digest(record) not in self.held
+        self.in_a_row = 0 if unseen else self.in_a_row + 1
+        if self.in_a_row > 2 * self.count:  # an endless stream would look for ever
+            raise DataError("all training documents equal held-out ones")
+        return unseen
+
+
+def _digest(record: dict[str, bytes]) -> bytes:
+    text = normal(record["text"].decode("utf-8", "replace"))
+    return hashlib.sha256(text.encode()).digest()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Streamed(TextData):
     """A TFDS text dataset: random access to documents, packed as they come."""
 
     documents: dict[str, Sequence[Any]]
     coder: Coder
+    held: frozenset[bytes]  # digests of held-out documents that may be among the others
 
     def _encode(self, record: dict[str, bytes]) -> dict[str, np.ndarray]:
         pieces = self.coder.document(record["text"].decode("utf-8"))
@@ -50,6 +71,8 @@ class _Streamed(TextData):
 
     def rows(self, split: str, order: Order) -> grain.IterDataset[Batch]:
         documents = order(grain.MapDataset.source(self.documents[split]))
+        if split == "train" and self.held:
+            documents = documents.filter(_Unseen(self.held, len(self.documents[split])))
         packed = _ConcatThenSplit(
             documents.map(self._encode).to_iter_dataset(),
             length_struct={"tokens": self.seq + 1},
@@ -60,7 +83,12 @@ class _Streamed(TextData):
 
 
 def open_text(
-    name: str, data_dir: str | None, coder: Coder, seq: int, held_batches: int | None
+    name: str,
+    data_dir: str | None,
+    coder: Coder,
+    seq: int,
+    held_batches: int | None,
+    progress: bool,
 ) -> TextData:
     """Opens a TFDS text dataset, to be tokenised as it is read.
 
@@ -87,6 +115,13 @@ def open_text(
         train=f"train[:{cut}]",
         validation=held or f"train[{cut}:]",
     )
+    digests: set[bytes] = set()
+    if tail:
+        with progress_bar(tail, "Reading held-out text", shown=progress) as bar:
+            for index in range(tail):
+                digests.add(_digest(documents["validation"][index]))
+                bar.advance()
+    kept = "; training documents that equal held-out ones are left out" if tail else ""
     state = (_PREPARATION, coder.identity, builder.info.full_name, tail)
     splits = [
         (key, split.num_bytes, split.shard_lengths)
@@ -98,7 +133,8 @@ def open_text(
         held_batches,
         hashlib.sha256(repr((state, splits)).encode()).hexdigest()[:16],
         f"tfds:{builder.info.full_name} in {where}: {len(documents['train']):,} training"
-        f" and {len(documents['validation']):,} held-out documents",
+        f" and {len(documents['validation']):,} held-out documents{kept}",
         documents=documents,
         coder=coder,
+        held=frozenset(digests),
     )

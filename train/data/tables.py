@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data.batches import split_off
+from train.data.batches import normal, split_off
+from train.data.compression import ending
 from train.data.tasks import Columns
-from train.data.text import json_objects, read_text
+from train.data.text import OBJECTS, json_objects, read_text
 from train.data.tfds import open_prepared, random_access
 from train.errors import DataError
+
+TABLES = (*OBJECTS, ".csv", ".tsv")
+"""Endings of files of labelled text."""
 
 # A cell of a CSV and what ends it.
 _CELL = re.compile(r'(?:"(?:[^"]|"")*+"|[^",\r\n][^,\r\n]*|)(?:,|\r\n|\n|\r|$)')
@@ -28,21 +32,24 @@ class Example(NamedTuple):
 
 
 def read_table(path: Path, columns: Columns) -> list[Example]:
-    """Reads a `.jsonl`, a `.csv` (cells may be quoted) or a `.tsv` (they are not).
+    """Reads a `.jsonl`, `.json`, `.parquet`, `.csv` (cells may be quoted) or `.tsv`.
+
+    Of a `.tsv` cells are not quoted; any of them may be compressed.
 
     Raises:
       DataError: if there is no example, or one that cannot be read; with its line.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        examples = [
-            _example(place, record, columns) for place, record in json_objects(path)
-        ]
-    elif suffix in (".csv", ".tsv"):
-        lines = _unquoted(path) if suffix == ".tsv" else _quoted(path)
+    kind = ending(path)
+    if kind in OBJECTS:
+        rows = json_objects(path, columns=(*columns.text, columns.label))
+        examples = [_example(place, record, columns) for place, record in rows]
+    elif kind in (".csv", ".tsv"):
+        lines = _unquoted(path) if kind == ".tsv" else _quoted(path)
         examples = [*_delimited(path, lines, columns)]
     else:
-        raise DataError(f"data {str(path)!r} is no .csv, .tsv or .jsonl file")
+        raise DataError(
+            f"data {str(path)!r} is no {', '.join(TABLES[:-1])} or {TABLES[-1]} file"
+        )
     if not examples:
         raise DataError(f"data {str(path)!r} is empty: there is no example in it")
     return examples
@@ -83,17 +90,26 @@ def read_prepared(
     }
 
 
-def hold_out(examples: list[Example], data: str, seed: int) -> dict[str, list[Example]]:
+def hold_out(
+    examples: list[Example], data: str, seed: int
+) -> tuple[dict[str, list[Example]], str]:
     """Holds out a tenth, by chance: the splits `train` and `validation`.
 
+    Returns:
+      Both, and what is to be said of duplicates, if there are any.
+
     Raises:
-      DataError: if there is but one example.
+      DataError: if there is but one example, or all are of the same text.
     """
-    if len(examples) < 2:
-        raise DataError(f"data {data!r} is too small to hold out a part of it")
-    draw = np.random.default_rng(seed)
-    train, validation = split_off(examples, max(1, len(examples) // 10), draw)
-    return {"train": train, "validation": validation}
+    size, draw = max(1, len(examples) // 10), np.random.default_rng(seed)
+    train, validation, note = split_off(examples, size, draw, content, data)
+    return {"train": train, "validation": validation}, note
+
+
+def content(example: Example) -> tuple[str, ...]:
+    """What is equal in examples of the same text, whatever their labels."""
+    texts = (example.text,) if isinstance(example.text, str) else example.text
+    return tuple(map(normal, texts))
 
 
 def found_labels(examples: list[Example], data: str) -> tuple[str, ...]:
@@ -135,6 +151,8 @@ def _unquoted(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _quoted(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows of a CSV, and the lines in which they begin."""
     text = read_text(path)
+    # The module refuses longer cells than 131,072 characters, unless it is told.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     number = 1
     try:

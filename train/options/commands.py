@@ -82,8 +82,9 @@ class Tuning(Options):
     data: str = option(
         MISSING,
         "A folder with train.tsv and dev.tsv as GLUE distributes them, or"
-        " tfds:glue/cola; for classification a .csv, .tsv or .jsonl file; for sft a .jsonl"
-        " file with prompt and completion, question and answer, or messages.",
+        " tfds:glue/cola; for classification a .csv, .tsv, .jsonl, .json or .parquet file,"
+        " for sft one of the last three with prompt and completion, question and answer,"
+        " or messages: compressed or not, or a folder or pattern of them.",
         Role.RUN,
     )
     eval_data: str | None = option(
@@ -159,7 +160,7 @@ class Finetune(Training, Tuning):
 
     def lasting(self, examples: int) -> "Finetune":
         """With numbers of steps in the place of epochs."""
-        epoch = max(1, examples // self.batch)
+        epoch = max(1, -(-examples // self.batch))
         steps = self.steps or max(1, round(self.epochs * epoch))
         every = self.eval_every or min(epoch, steps)
         return dataclasses.replace(self, steps=steps, eval_every=every)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.train.data.corpora import document, stream, texts
-from train.data.text import standard_library
+from train.data.documents import standard_library
 from train.errors import DataError
 
 

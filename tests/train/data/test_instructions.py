@@ -286,7 +286,8 @@ def test_a_part_is_held_out(load, tokenizer):
     assert held != [other.decode(ids) for ids, _ in other.prompts()]
     assert len(data.prompts(2)) == 2
     assert load(records, eval_data=None, share=0.5).validation_size == 30
-    many = load([records[0]] * 1200, eval_data=None, share=0.5, seq=8)
+    numbered = [{"prompt": f"{i}", "completion": "c"} for i in range(1200)]
+    many = load(numbered, eval_data=None, share=0.5, seq=8)
     assert many.validation_size == 512
     packed = np.concatenate(
         [b["tokens"] for b in itertools.islice(data.train(1, 0), 9)]
@@ -393,7 +394,12 @@ TURNS = ["system", "user"]
         ),
         (OK, {"config": {"eos_token": "<no>"}}, "eos_token '<no>' is not in its voc"),
         ("", {}, "has no training examples"),
-        (OK, {"eval_data": None}, "has no training examples"),
+        (OK, {"eval_data": None}, "too small to hold out a part of it$"),
+        (
+            OK * 3,
+            {"eval_data": None},
+            "hold out a part of it: its 3 rows are all equal",
+        ),
         (OK, {"eval_data": "no.jsonl"}, "'no.jsonl' is no file"),
         (OK, {"positions": 32}, "seq 64 exceeds the model's 32 positions"),
         (OK, {"vocab_size": 99}, r"tokenizer has \d+ tokens, .* only 99;"),

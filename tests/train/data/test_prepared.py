@@ -1,5 +1,7 @@
 """Local text: windows, batches, resuming, and the cache."""
 
+import tempfile
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -144,6 +146,16 @@ def test_interrupted_preparation_is_redone(folder, load_text, tmp_path, monkeypa
             load_text(folder)
     assert not list((tmp_path / "cache").iterdir())
     assert len(texts(load_text(folder), "train")) > 30
+
+
+def test_nothing_is_left_in_the_temporary_folder(
+    folder, load_text, tmp_path, monkeypatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    data = load_text(folder)
+    assert not [*(tmp_path / "temporary").iterdir()]
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [data.fingerprint]
 
 
 def test_tfds_can_read_the_cache(folder, load_text, tmp_path):

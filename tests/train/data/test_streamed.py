@@ -32,7 +32,8 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split, size):
         for index in range(size):
-            yield index, {self.feature: f"{split} {index} é " * 4}
+            # Past forty they come again, as some data sets have it.
+            yield index, {self.feature: f"{split} {index % 40} é " * 4}
 
 
 @pytest.fixture
@@ -106,6 +107,24 @@ def test_tfds_fingerprint_depends_on_the_tokenizer(load_text, tfds_dir, tmp_path
     assert next(two.train(2, 0))["tokens"].max() < two.vocab_size
 
 
+def test_copies_of_what_is_held_out_are_not_trained_on(load_text, tfds_dir):
+    where = tfds_dir(train=200)  # every document five times, and two held out
+    data = load_text("tfds:tiny_text/en", data_dir=where, seq=300)
+    held, seen = (
+        {
+            text
+            for rows in batches
+            for row in rows["tokens"]
+            for text in bytes(row.astype(np.uint8)).split(b"\0")[:-1]
+            if text.startswith(b"train") and text.count(b"train") == 4
+        }
+        for batches in (data.validation(2), take(data.train(4, 0), 200))
+    )
+    assert held and seen
+    assert not held & seen
+    check_resume(data, 9)
+
+
 @pytest.mark.parametrize("name", ["tiny_text/fr", "c4/en", "no such/name!"])
 def test_tfds_not_prepared(load_text, tfds_dir, name):
     where = tfds_dir(train=3)
@@ -135,3 +154,41 @@ def test_tfds_without_random_access(load_text, tfds_dir, tmp_path):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
     with pytest.raises(DataError, match=r"stored as tfrecord.*array_record"):
         load_text("tfds:tiny_text/en", data_dir=str(where))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "features",
+            "text_feature.Text",
+            "x.Evil",
+            r"features.json: the feature class",
+        ),
+        ("features", '"pythonClassName": ', "", "features.json cannot be read"),
+        ("features", '"text"', '"../text"', "features.json: .* a slash in it"),
+        (
+            "dataset_info",
+            '"3"',
+            '"9999999999999"',
+            "a shard of '9999999999999' examples",
+        ),
+        (
+            "dataset_info",
+            '"train"',
+            '"../train"',
+            "'../train' is no name of a dataset",
+        ),
+        ("dataset_info", "{SPLIT}", "/x/{SPLIT}", "filepathTemplate .* is no name"),
+        ("dataset_info", "{", "[", "dataset_info.json cannot be read"),
+    ],
+)
+def test_what_strangers_may_write(
+    file, old, new, message, load_text, tfds_dir, tmp_path
+):
+    where = tfds_dir(train=3)
+    (path,) = (tmp_path / "tfds").rglob(f"{file}.json")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        load_text("tfds:tiny_text/en", data_dir=where)

@@ -29,7 +29,7 @@ COLUMNS = Columns(("text",), "label")
             b"text,label\na,x\ncaf\xe9,y",
             "byte 0xe9 at offset 18 is not UTF-8",
         ),
-        ("d.txt", "a", "d.txt' is no .csv, .tsv or .jsonl file"),
+        ("d.txt", "a", "d.txt' is no .jsonl, .json, .parquet, .csv or .tsv file"),
         ("d.jsonl", '{"text": "a"}', r"jsonl:1: no column 'label' among \['text'\]"),
         ("d.jsonl", '\n{"text": 5, "label": 1}', "jsonl:2: 'text' is no text but 5"),
         ("d.jsonl", '{"text": "a", "label": null}', "jsonl:1: there is no label"),
