@@ -301,6 +301,7 @@ class Run:
         saved = self.checkpoints.config(self.done).get("losses")
         self.losses = Losses.of(self.config.max_rise, saved)
         self.losses.rollbacks = tries
+        self.losses.last = []  # else the next rise would reach back beyond this step
         self.log.close()
         self.log = self._open_log()
         self.console.print(
