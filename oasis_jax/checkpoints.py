@@ -147,7 +147,9 @@ class Checkpoints:
                 reasons.append(_reason(self.directory / str(candidate), error))
         raise self._none_readable(reasons)
 
-    def restore(self, like: PyTree, *, data: Any = None) -> tuple[int, PyTree]:
+    def restore(
+        self, like: PyTree, *, data: Any = None, latest: int | None = None
+    ) -> tuple[int, PyTree]:
         """Reads the newest readable checkpoint.
 
         An unreadable one is reported by a `RuntimeWarning`, left where it is, and the
@@ -159,6 +161,7 @@ class Checkpoints:
             has one, says what older checkpoints call its leaves. Leaves without a
             sharding, and uncommitted arrays, come back uncommitted on the default device.
           data: Grain iterator to move to the saved position. Untouched on failure.
+          latest: Passes over what is newer than this step; the next `save` sets it aside.
 
         Returns:
           The step and the state, of the structure of `like`.
@@ -169,6 +172,8 @@ class Checkpoints:
         """
         reasons = []
         for step in reversed(self.steps()):
+            if latest is not None and step > latest:
+                continue
             directory = self.directory / str(step)
             try:
                 about = self._about(step)

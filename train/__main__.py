@@ -1,43 +1,44 @@
 """`python -m train COMMAND ...`; `--help` lists commands and options."""
 
+import importlib
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from oasis_jax.checkpoints import CheckpointError
-from oasis_jax.hf import HfError
-from oasis_jax.planning.memory import PlanError
-from oasis_jax.planning.targets import TargetError
-from train.commands import compare, export, finetune, methods, plan, pretrain
 from train.errors import DONE, INTERRUPTED, Diverged, Preempted, UserError
-from train.options.flags import parse
+from train.run.signals import listening
 
 ABOUT = f"""Train transformers in a subspace. COMMAND --help lists the options of a command.
 
 Exit codes: {DONE} done, {UserError.exit_code} something that the user can mend,
 {Diverged.exit_code} training diverged, {Preempted.exit_code} asked to stop with everything
-saved, {INTERRUPTED} interrupted before that."""
-
-RUN: dict[str, Callable[[Any], None]] = {
-    "pretrain": pretrain.main,
-    "finetune": finetune.main,
-    "export": export.main,
-    "compare": compare.main,
-    "plan": plan.main,
-    "methods": methods.main,
-}
+saved (the same command with --resume goes on), {INTERRUPTED} ended by a signal before there
+was anything to save, or by a second one. SIGTERM, SIGINT (Ctrl-C) and SIGHUP ask to stop,
+SIGUSR1 to save and go on."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 if all went well, else an exit code and one sentence."""
     try:
-        words = sys.argv[1:] if argv is None else argv
-        command, config = parse(words, "python -m train", ABOUT)
-        RUN[command](config)
-        return DONE
+        with listening():
+            return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED
+
+
+def _run(words: Sequence[str]) -> int:
+    # Loading takes seconds, in which signals have to be heard already.
+    from oasis_jax.checkpoints import CheckpointError
+    from oasis_jax.hf import HfError
+    from oasis_jax.planning.memory import PlanError
+    from oasis_jax.planning.targets import TargetError
+    from train.options.flags import parse
+
+    try:
+        command, config = parse(words, "python -m train", ABOUT)
+        importlib.import_module(f"train.commands.{command}").main(config)
+        return DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,4 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # What is left is not worth a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)

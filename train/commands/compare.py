@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from oasis_jax.methods import METHODS, row
-from train.errors import UserError
+from train.errors import Preempted, UserError
+from train.files import owned
 from train.options import Compare, Pretrain
 from train.options.commands import shared
 from train.options.fields import Role, differences, flag, of_role
@@ -19,8 +20,9 @@ from train.options.method import METHOD_OPTIONS, only_of
 from train.report.comparison import compare_markdown, compare_plot
 from train.report.log import console as standard_error
 from train.report.log import write_json
-from train.run.folder import RunFolder
-from train.run.trials import command_line, run_trial, side_by_side
+from train.run.folder import RunFolder, holds_something
+from train.run.signals import listening
+from train.run.trials import Processes, command_line, run_trial, side_by_side
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,45 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
     """Runs the trials that are not yet there; returns and writes the table.
 
     Raises:
-      UserError: if an option makes no sense, `out` holds something else, or a trial
-        failed (its own sentence is passed on).
+      UserError: if an option makes no sense, `out` holds something else or is in use, or
+        a trial failed (its own sentence is passed on).
+      Preempted: if it was asked to stop.
     """
     console = console or standard_error()
     labels = _split(config.methods)
     check_methods(config, labels)
     rates, seeds = _numbers(config, "lrs", float), _numbers(config, "seeds", int)
-    _claim(config)
+    if config.out.is_file():
+        raise UserError(f"--out {config.out} is a file, expected a folder")
+    processes = Processes()
+    with (
+        owned(config.out, f"--out {config.out}"),
+        listening(first=processes.stop, last=processes.kill) as signals,
+    ):
+        _claim(config)
+        signals.defer()  # the trials have something to save
+        try:
+            return _compare(config, labels, rates, seeds, processes, console)
+        except UserError:
+            if not processes.stopped:
+                raise
+            raise Preempted(
+                "stopped, and every trial that had begun; the same command goes on, with"
+                f" those that are finished kept in {config.out}"
+            ) from None
 
+
+def _compare(
+    config: Compare,
+    labels: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    processes: Processes,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Runs what is not yet there; returns and writes the table."""
     sweep = [Trial(label, lr, seeds[0]) for label in labels for lr in rates]
-    results = _run_all(config, sweep, console)
+    results = _run_all(config, sweep, processes, console)
     best = {
         label: min(rates, key=lambda lr: _order(results[Trial(label, lr, seeds[0])]))
         for label in labels
@@ -65,7 +95,7 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
     repeats = [
         Trial(label, best[label], seed) for label in labels for seed in seeds[1:]
     ]
-    results |= _run_all(config, repeats, console)
+    results |= _run_all(config, repeats, processes, console)
     rows = [
         _row(label, best[label], {t: s for t, s in results.items() if t.label == label})
         for label in labels
@@ -137,7 +167,7 @@ def _numbers(config: Compare, option: str, kind: type) -> list[Any]:
 
 def _claim(config: Compare) -> None:
     """An `out` that is not empty must hold trials of this very comparison."""
-    if not config.out.exists() or not any(config.out.iterdir()):
+    if not holds_something(config.out):
         return
     marker = config.out / "compare_config.json"
     if not marker.exists():
@@ -157,14 +187,17 @@ def _common(config: Compare) -> dict[str, Any]:
 
 
 def _run_all(
-    config: Compare, trials: Sequence[Trial], console: Console
+    config: Compare,
+    trials: Sequence[Trial],
+    processes: Processes,
+    console: Console,
 ) -> dict[Trial, dict[str, Any]]:
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "compare_config.json", _common(config))
 
     def run(trial: Trial) -> dict[str, Any]:
         out = config.out / "trials" / trial.name
-        summary = run_trial(out, command(config, trial, out))
+        summary = run_trial(out, command(config, trial, out), processes)
         loss = summary["val_loss"]
         outcome = "diverged" if loss is None else f"validation loss {loss:.4f}"
         console.print(f"{trial.label}  lr {trial.rate:g}  seed {trial.seed}  {outcome}")

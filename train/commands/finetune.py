@@ -26,7 +26,11 @@ def run(config: Finetune, *, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or standard_error()
     config.recipe()  # a wrong option is found before anything is read
-    claim(config)
+    with claim(config):
+        return _train(config, console)
+
+
+def _train(config: Finetune, console: Console) -> dict[str, Any]:
     folder = hf.resolve(config.model)
     stored = build.stored_shape(config, folder)
     begun = first_begun(config)

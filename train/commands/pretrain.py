@@ -22,7 +22,11 @@ def run(config: Pretrain, *, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or standard_error()
     config.recipe()  # a wrong option is found before the data is read
-    claim(config)
+    with claim(config):
+        return _train(config, console)
+
+
+def _train(config: Pretrain, console: Console) -> dict[str, Any]:
     data = load(
         config.data,
         str(config.tokenizer) if config.tokenizer else None,

@@ -1,6 +1,7 @@
 """The options of every command: groups, and what only that command reads."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,25 @@ class Training(Output, Schedule, Step, Projected, Trial):
             stride=self.stride,
         )
 
-    def check_continues(self, saved: dict[str, Any]) -> None:
+    def extends(self, saved: Mapping[str, Any], done: int) -> bool:
+        """Whether a run that has done all its steps shall have more of them."""
+        return done >= saved["steps"] < self.steps
+
+    def check_continues(self, saved: Mapping[str, Any], done: int) -> None:
         """Refuses to continue another run.
+
+        Args:
+          saved: The options of the run.
+          done: Steps that it has done; a finished one may be given more.
 
         Raises:
           UserError: naming the options that differ, with both values.
         """
         mine = self.as_dict()
-        fixed = of_role(self, Role.STEP, Role.METHOD, Role.RUN)
-        changed = differences(saved, {name: mine[name] for name in fixed})
+        fixed = set(of_role(self, Role.STEP, Role.METHOD, Role.RUN))
+        if self.extends(saved, done):
+            fixed -= {"steps", "epochs"}
+        changed = differences(saved, {k: v for k, v in mine.items() if k in fixed})
         if changed:
             raise UserError(
                 f"cannot resume {self.out}: {changed};"

@@ -20,6 +20,7 @@ from train.options.method import MethodOptions
 
 SEED = Bound(lambda v: 0 <= v < 2**64, lambda: "at least 0 and below 2**64")
 EMBEDDINGS = ("adamw", "adafactor", "frozen")
+ON_DIVERGENCE = ("stop", "rollback")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -193,6 +194,20 @@ class Output(Options):
         " finite.",
         Role.LOOK,
         at_least(1),
+    )
+    max_rise: float = option(
+        3.0,
+        "Training has diverged when the median loss of the last 20 steps is more than"
+        " this many times the mean of the first 10 (or 1, if that is more); 0 for never.",
+        Role.LOOK,
+        NOT_NEGATIVE,
+    )
+    on_divergence: str = option(
+        "stop",
+        "Then, and after --max-skips: stop; or rollback, up to three times, to the newest"
+        " checkpoint from before, and go on with other batches.",
+        Role.LOOK,
+        one_of(ON_DIVERGENCE),
     )
     tensorboard: bool = option(False, "Also write TensorBoard event files.", Role.LOOK)
 

@@ -2,7 +2,8 @@
 
 import datetime
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from oasis_jax.checkpoints import Checkpoints
 from oasis_jax.state import OasisTrainState
 from train.errors import UserError
+from train.files import LOCK, owned
 from train.options import Training
 from train.report.log import read_json
 
 BESIDE = (
     *("data_fingerprint", "vocab_size", "labels", "outputs"),
-    *("stop_tokens", "begun"),
+    *("stop_tokens", "begun", "losses"),
 )
 """What is saved with a run's options and is none."""
 
@@ -73,22 +75,31 @@ class RunFolder:
         return self.path
 
 
-def claim(config: Training) -> RunFolder:
-    """The folder of a run.
+@contextmanager
+def claim(config: Training) -> Iterator[RunFolder]:
+    """The folder of a run, which is this process's alone until it is left.
 
     Raises:
       UserError: if it is another run's, or there is none to resume.
     """
     folder, out = RunFolder(config.out), config.out
-    taken = out.exists() and (out.is_file() or any(out.iterdir()))
-    if taken and not config.resume:
-        raise UserError(
-            f"--out {out} already holds something; continue it with --resume, or"
-            " choose another --out"
-        )
-    if config.resume and not folder.checkpoints.is_dir():
-        raise UserError(f"--resume: there is no run in --out {out}")
-    return folder
+    taken = UserError(
+        f"--out {out} already holds something; continue it with --resume, or"
+        " choose another --out"
+    )
+    if out.is_file():
+        raise taken
+    with owned(out, f"--out {out}"):
+        if not config.resume and holds_something(out):
+            raise taken
+        if config.resume and not folder.checkpoints.is_dir():
+            raise UserError(f"--resume: there is no run in --out {out}")
+        yield folder
+
+
+def holds_something(out: Path) -> bool:
+    """Whether there is more in a folder than what says whose it is."""
+    return any(path.name != LOCK for path in out.iterdir())
 
 
 def first_begun(config: Training) -> datetime.datetime:
@@ -113,6 +124,8 @@ def resume(
 ) -> tuple[int, OasisTrainState]:
     """The newest checkpoint's step and state; `batches` are where they were.
 
+    A run that has done all its steps may be given more.
+
     Raises:
       UserError: if the options or the data are not those of the run, or one of its
         options is not known here.
@@ -120,14 +133,16 @@ def resume(
     """
     saved = checkpoints.config()
     type(config).of(options_of(saved))  # an option that is gone cannot be repeated
-    config.check_continues(saved)
+    config.check_continues(saved, max(checkpoints.steps()))
     fingerprint = about["data_fingerprint"]
     if saved["data_fingerprint"] != fingerprint:
         raise UserError(
             f"cannot resume {config.out}: the text or its tokenizer changed since"
             f" (fingerprint {saved['data_fingerprint']}, now {fingerprint})"
         )
-    return checkpoints.restore(state, data=batches)
+    done, state = checkpoints.restore(state, data=batches)
+    config.check_continues(saved, done)  # the newest may be one that cannot be read
+    return done, state
 
 
 def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:

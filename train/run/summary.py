@@ -114,6 +114,7 @@ def summarise(
     records: Sequence[Mapping[str, Any]],
     step_seconds: Sequence[float],
     result: Mapping[str, Any] | None,
+    rollbacks: int,
 ) -> dict[str, Any]:
     """What a run came to.
 
@@ -122,6 +123,7 @@ def summarise(
       records: Of metrics.jsonl.
       step_seconds: Of the steps of this process.
       result: The last evaluation; None if training diverged.
+      rollbacks: How often it went back to a checkpoint.
     """
     # The first step of a process pays for what is set up lazily.
     timed = step_seconds[1:] or step_seconds
@@ -144,6 +146,7 @@ def summarise(
         "peak_bytes": parts["peak"],
         "captured_energy": mean_energy(state),
         "skipped": int(state.diagnostics.skipped),
+        "rollbacks": rollbacks,
         "curve": [[r["step"], r["val_loss"]] for r in records if "val_loss" in r],
         "config": config.as_dict(),
         "machine": machine(),

@@ -37,7 +37,7 @@ def small(tmp_path) -> Compare:
 def fake(losses: dict[str, float], calls: list[list[str]]):
     """Stands in for the trials' processes: writes the summary they would write."""
 
-    def run(command, **_):
+    def run(_, command):
         calls.append(command)
         option = dict(w[2:].split("=", 1) for w in command if "=" in w)
         out = Path(option["out"])
@@ -69,7 +69,7 @@ def test_keeps_the_best_rate_and_repeats_it_with_every_seed(small, monkeypatch):
         "oasis@0.001": NAN,
         "oasis@0.01": 1.0,
     }
-    monkeypatch.setattr(trials.subprocess, "run", fake(losses, calls))
+    monkeypatch.setattr(trials.Processes, "run", fake(losses, calls))
     adamw, oasis = compare.run(small)
     assert (adamw["lr"], adamw["val_loss"]) == (1e-3, 2.25)  # seeds 0 and 1
     assert (oasis["lr"], oasis["val_loss"]) == (1e-2, 1.25)
@@ -87,7 +87,7 @@ def test_trials_share_all_options_but_their_own(small, monkeypatch):
     losses = dict.fromkeys(
         ["adamw@0.001", "adamw@0.01", "oasis@0.001", "oasis@0.01"], 1.0
     )
-    monkeypatch.setattr(trials.subprocess, "run", fake(losses, calls))
+    monkeypatch.setattr(trials.Processes, "run", fake(losses, calls))
     compare.run(small)
     own = ("--method=", "--lr=", "--seed=", "--out=", "--rank=")
     shared = {tuple(w for w in c if not w.startswith(own)) for c in calls}
@@ -140,7 +140,7 @@ def test_refuses_other_options(small, monkeypatch):
     losses = dict.fromkeys(
         ["adamw@0.001", "adamw@0.01", "oasis@0.001", "oasis@0.01"], 1.0
     )
-    monkeypatch.setattr(trials.subprocess, "run", fake(losses, []))
+    monkeypatch.setattr(trials.Processes, "run", fake(losses, []))
     compare.run(small)
     with pytest.raises(UserError, match="--steps was 3 and is 4"):
         compare.run(dataclasses.replace(small, steps=4))

@@ -1,7 +1,9 @@
 """Training runs end to end: results, resumption, skipped updates, bad input."""
 
 import dataclasses
+import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from train.__main__ import main
 from train.commands import pretrain
 from train.errors import Diverged, Preempted
 from train.options import Pretrain
-from train.run import build
+from train.run import build, evaluation, loop
 from train.run.setup import train_step
 from train.run.trials import command_line
 
@@ -222,6 +224,140 @@ def test_not_finite_updates_are_skipped_counted_and_stop(small, monkeypatch, cap
         _, state = checkpoints.restore(build.pretraining(config, 256).state)
     clean = jax.tree.leaves((state.params, state.subspace, state.opt_state))
     assert all(np.isfinite(leaf).all() for leaf in clean)
+
+
+def test_a_finished_run_can_be_extended(small, capsys):
+    config = dataclasses.replace(small, steps=4)
+    pretrain.run(config)
+    more = dataclasses.replace(config, steps=6, resume=True)
+    summary = pretrain.run(more)
+    assert "extended   from 4 to 6 steps" in capsys.readouterr().err
+    assert summary["steps"] == 6 and summary["config"]["steps"] == 6
+    assert json.loads((small.out / "config.json").read_text())["steps"] == 6
+    records = [r for r in lines(small.out) if "loss" in r]
+    assert [r["step"] for r in records] == list(range(1, 7))
+    schedule = build.pretraining(more, 256).schedule
+    rates = [float(schedule(step)) for step in (4, 5)]
+    assert [r["learning_rate"] for r in records[4:]] == pytest.approx(rates)
+    # It has six steps now.
+    assert main(flags(dataclasses.replace(more, steps=4))) == 2
+    assert "--steps was 6 and is 4" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_not_extended(small, killed_at, capsys):
+    killed_at(5, lambda: pretrain.run(small))
+    assert main(flags(dataclasses.replace(small, steps=9, resume=True))) == 2
+    assert "--steps was 8 and is 9" in capsys.readouterr().err
+
+
+def test_killed_in_the_last_evaluation_only_that_is_left(small, monkeypatch):
+    """All is saved before; a stop signal in it is no other kill."""
+    real = evaluation.held_out_loss
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    config = dataclasses.replace(small, eval_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "held_out_loss", stopped)
+        with pytest.raises(Preempted, match="stopped after step 8, which is saved"):
+            pretrain.run(config)
+    before = lines(config.out)
+    assert [r["step"] for r in before] == list(range(1, 9))
+    summary = pretrain.run(dataclasses.replace(config, resume=True))
+    after = lines(config.out)
+    assert after[:-1] == before
+    assert after[-1]["val_loss"] == summary["val_loss"]
+
+
+def test_nothing_is_compiled_after_the_first_evaluation(small, monkeypatch):
+    """One program trains and one evaluates, however often."""
+    judged, compiled = [], []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(len(judged))
+
+    real = evaluation.held_out_loss
+
+    def counted(*args):
+        result = real(*args)
+        judged.append(result)
+        return result
+
+    monkeypatch.setattr(evaluation, "held_out_loss", counted)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        pretrain.run(dataclasses.replace(small, eval_every=1))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert len(judged) == 8
+    assert 0 in compiled and not [after for after in compiled if 0 < after < 8]
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """Losses that are huge at some calls of the step, as after a ruined update."""
+
+    def among(steps):
+        real, count = loop.compiled_step, itertools.count(1)
+
+        def compiled(*args):
+            step = real(*args)
+
+            def risen(state, batch):
+                state, loss = step(state, batch)
+                return state, loss * (100.0 if next(count) in steps else 1.0)
+
+            risen.memory_analysis = step.memory_analysis
+            return risen
+
+        monkeypatch.setattr(loop, "compiled_step", compiled)
+
+    return among
+
+
+def test_a_loss_that_rises_stops_the_run(small, rising, capsys):
+    rising(range(35, 1000))
+    config = dataclasses.replace(small, steps=60, checkpoint_every=5, eval_every=60)
+    with pytest.raises(
+        Diverged, match=r"stopped at step 45: the median loss .*"
+    ) as stop:
+        pretrain.run(config)
+    newest = config.out / "checkpoints" / "25"
+    assert f"the newest checkpoint from before is {newest}" in str(stop.value)
+    with Checkpoints(config.out / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [20, 25, 30]
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert summary["diverged"] is True and summary["rollbacks"] == 0
+
+
+def test_a_run_that_diverged_goes_back(small, rising, capsys):
+    rising(range(35, 46))
+    config = dataclasses.replace(
+        small, steps=60, checkpoint_every=5, eval_every=60, on_divergence="rollback"
+    )
+    summary = pretrain.run(config)
+    said = capsys.readouterr().err
+    assert "back to step 25, with other batches (1 of at most 3 rollbacks)" in said
+    assert summary["rollbacks"] == 1 and not summary["diverged"]
+    assert [r["step"] for r in lines(config.out) if "loss" in r] == list(range(1, 61))
+    with Checkpoints(config.out / "checkpoints") as checkpoints:
+        data = checkpoints.config()["losses"]
+    assert data["rollbacks"] == 1
+
+
+def test_a_run_goes_back_three_times_at_most(small, rising, capsys):
+    rising(range(35, 1000))
+    config = dataclasses.replace(
+        small, steps=60, checkpoint_every=5, eval_every=60, on_divergence="rollback"
+    )
+    with pytest.raises(Diverged, match="after 3 rollbacks"):
+        pretrain.run(config)
+    assert capsys.readouterr().err.count("with other batches") == 3
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert summary["diverged"] and summary["rollbacks"] == 3
 
 
 BAD = {

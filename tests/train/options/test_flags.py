@@ -201,10 +201,10 @@ def test_a_role_decides_what_may_change_at_resume(name):
     config = Pretrain(method="galore")
     again = dataclasses.replace(config, **{name: value})
     if role is Role.LOOK:
-        again.check_continues(config.as_dict())
+        again.check_continues(config.as_dict(), done=1)
     else:
         with pytest.raises(UserError, match=f"{flag(name)} was .* and is {value}"):
-            again.check_continues(config.as_dict())
+            again.check_continues(config.as_dict(), done=1)
 
 
 # --- Saved options ------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_options_are_what_json_keeps():
 def test_options_of_before_are_understood():
     config = Pretrain.of(options_of(BEFORE))
     assert (config.method, config.interval, config.scale) == ("galore", 4, 0.5)
-    config.check_continues(BEFORE)
+    config.check_continues(BEFORE, done=1)
 
 
 def test_a_saved_option_that_is_gone_names_the_nearest():

@@ -12,9 +12,8 @@ import pytest
 
 from oasis_jax.methods import METHODS
 from oasis_jax.trackers import BlockMean, Complement, Oja, Random, Svd
-from train import __main__
 from train.__main__ import main
-from train.commands import compare
+from train.commands import compare, pretrain
 from train.errors import UserError
 from train.options import Compare, Pretrain
 from train.options.method import METHOD_OPTIONS
@@ -390,7 +389,7 @@ def test_yes_and_no_survive_the_command_line(flag, value, monkeypatch):
     words = compare.command(config, compare.Trial("ldadam", 1e-3, 0), Path("out"))
     assert flag in words
     seen = []
-    monkeypatch.setitem(__main__.RUN, "pretrain", seen.append)
+    monkeypatch.setattr(pretrain, "main", seen.append)
     assert main(words[3:]) == 0
     assert seen[0].error_feedback is value and seen[0].method == "ldadam"
 

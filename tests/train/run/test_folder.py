@@ -3,23 +3,44 @@
 import pytest
 
 from train.errors import UserError
+from train.files import LOCK, is_owned
 from train.options import Pretrain
 from train.run.folder import RunFolder, best, claim
 
 
 def test_claims_what_is_empty(tmp_path):
-    assert claim(Pretrain(out=tmp_path / "new")).path == tmp_path / "new"
-    assert claim(Pretrain(out=tmp_path)).metrics == tmp_path / "metrics.jsonl"
+    for out in (tmp_path / "new", tmp_path):
+        with claim(Pretrain(out=out)) as folder:
+            assert folder.path == out and is_owned(out)
+    assert not list(tmp_path.iterdir())  # nothing was put there
+
+
+def test_what_a_killed_owner_left_is_nothing(tmp_path):
+    (tmp_path / LOCK).write_text("{}")
+    with claim(Pretrain(out=tmp_path)):
+        assert is_owned(tmp_path)
+
+
+def test_a_run_has_its_folder_alone(tmp_path):
+    """Its lock is the process's, and the refused one leaves everything as it was."""
+    with claim(Pretrain(out=tmp_path)):
+        before = (tmp_path / LOCK).read_bytes()
+        for resume in (False, True):
+            config = Pretrain(out=tmp_path, resume=resume)
+            with pytest.raises(UserError, match="is in use by process"), claim(config):
+                pass
+        assert (tmp_path / LOCK).read_bytes() == before and is_owned(tmp_path)
 
 
 def test_refuses_what_is_taken_or_absent(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="already holds something"):
-        claim(Pretrain(out=tmp_path))
+        claim(Pretrain(out=tmp_path)).__enter__()
     with pytest.raises(UserError, match="already holds something"):
-        claim(Pretrain(out=tmp_path / "thesis.txt"))
+        claim(Pretrain(out=tmp_path / "thesis.txt")).__enter__()
     with pytest.raises(UserError, match="there is no run in --out"):
-        claim(Pretrain(out=tmp_path, resume=True))
+        claim(Pretrain(out=tmp_path, resume=True)).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 EXPORTS = {
