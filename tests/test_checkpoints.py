@@ -61,6 +61,9 @@ def assert_same(actual, expected):
     for one, other in zip(
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
+        if isinstance(one, int):
+            assert one == other
+            continue
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert one.sharding == other.sharding
         assert one.committed == other.committed
@@ -207,23 +210,92 @@ def test_damage_falls_back_to_the_checkpoint_before(run, damage):
     assert (run / "3").exists()
 
 
-@pytest.mark.parametrize("fate", ["cut", "gone"])
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+FATES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "gone": lambda file: file.unlink(),
+    "flipped": flip,
+    "grown": lambda file: file.write_bytes(file.read_bytes() + b" "),
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
 def test_no_damaged_file_goes_unnoticed(run, fate):
     """Whichever file suffers, the result is the saved state or the one before it."""
     good = {file: file.read_bytes() for file in run.glob("3/**/*") if file.is_file()}
     outcomes = set()
     for file, content in good.items():
-        if fate == "cut":
-            file.write_bytes(content[: len(content) // 2])
-        else:
-            file.unlink()
+        FATES[fate](file)
         with Checkpoints(run) as checkpoints, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             step, state = checkpoints.restore(nasty_state())
         assert_same(state, nasty_state(step))
+        if step == 3:
+            assert (file.name, fate) == ("digests.json", "gone")  # as before there were
         outcomes.add(step)
         file.write_bytes(content)
-    assert outcomes == {2, 3}  # the markers that Orbax leaves may go
+    assert 2 in outcomes
+
+
+def test_a_flipped_bit_is_named_and_kept_aside(run):
+    largest = max(
+        (f for f in run.glob("3/state/**/d/*")), key=lambda file: file.stat().st_size
+    )
+    flip(largest)
+    name = str(largest.relative_to(run / "3"))
+    with Checkpoints(run, keep=2) as checkpoints:
+        assert checkpoints.config()["step"] == 2
+        with pytest.warns(RuntimeWarning, match=f"3 is unreadable .{name} was changed"):
+            assert checkpoints.restore(nasty_state())[0] == 2
+        assert checkpoints.save(3, nasty_state(30), config={})
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        step, state = checkpoints.restore(nasty_state())
+    assert_same((step, state), (3, nasty_state(30)))
+    assert (run / "superseded/3.0" / name).exists()
+
+
+def test_a_foreign_file_is_damage(run):
+    (run / "3/state/d/another").touch()
+    message = "state/d/another was not there"
+    with Checkpoints(run) as checkpoints, pytest.warns(RuntimeWarning, match=message):
+        assert checkpoints.restore(nasty_state())[0] == 2
+
+
+def test_checkpoints_of_before_there_were_digests(run):
+    for step in (1, 2, 3):
+        (run / f"{step}/digests.json").unlink()
+    with Checkpoints(run) as checkpoints, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step, state = checkpoints.restore(nasty_state())
+    assert_same((step, state), (3, nasty_state(3)))
+
+
+def test_digests_travel_with_a_copy(run, tmp_path):
+    shutil.copytree(run / "3", tmp_path / "copy/3")
+    flip(tmp_path / "copy/3/about/metadata")
+    message = "about/metadata was changed"
+    with (
+        Checkpoints(tmp_path / "copy") as checkpoints,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        checkpoints.config()
+
+
+def test_the_newest_not_later_than(run):
+    with Checkpoints(run) as checkpoints:
+        step, state = checkpoints.restore(nasty_state(), latest=2)
+        assert_same((step, state), (2, nasty_state(2)))
+        with pytest.raises(CheckpointError, match="no checkpoint of step 0 or before"):
+            checkpoints.restore(nasty_state(), latest=0)
+        assert checkpoints.save(4, nasty_state(4), config={})
+        assert checkpoints.steps() == [1, 2, 4]
+    assert (run / "superseded/3.0").exists()
 
 
 @pytest.mark.parametrize("damage", [delete_arrays, spoil_position])
