@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+import subprocess
 import warnings
 from typing import NamedTuple
 
@@ -417,3 +419,112 @@ def test_what_cannot_be_saved_fails_at_once(tmp_path, state, config, error, mess
         with pytest.raises(error, match=message):
             checkpoints.save(1, state, config=config)
         assert checkpoints.steps() == []
+
+
+def large(seed: int = 0):
+    return {
+        f"w{n}": jax.random.normal(jax.random.key(n + seed), (256, 256))
+        for n in range(9)
+    }
+
+
+@pytest.fixture
+def small_files(tmp_path):
+    """No file grows beyond a few kilobytes, which is what a quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    yield tmp_path, full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, for two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 5 * large_bytes() // 2
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("no disk can be mounted here")
+    yield disk, lambda: (disk / "other").write_bytes(bytes(large_bytes()))
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def large_bytes():
+    return sum(leaf.nbytes for leaf in large().values())
+
+
+@pytest.mark.parametrize("at", ["the next save", "the end"])
+@pytest.mark.parametrize("room", ["small_files", "small_disk"])
+def test_no_room_is_one_sentence(room, at, request, capfd):
+    folder, fill = request.getfixturevalue(room)
+    checkpoints = Checkpoints(folder / "run")
+    checkpoints.save(1, large(), config={})
+    assert checkpoints.restore(large())[0] == 1  # it is there, whole
+    fill()
+    checkpoints.save(2, large(1), config={})
+    with pytest.raises(CheckpointError) as full:
+        if at == "the end":
+            checkpoints.close()
+        else:
+            checkpoints.save(3, large(2), config={})
+    checkpoints.close()
+    why = "File too large" if room == "small_files" else "No space left on device"
+    assert str(full.value) == (
+        f"{folder / 'run'}: the checkpoint of step 2 cannot be written: {why};"
+        " of those there, the newest whole one is step 1"
+    )
+    assert [file.name for file in (folder / "run").iterdir()] == ["1"]
+    with Checkpoints(folder / "run") as after:
+        step, state = after.restore(large())
+    assert_same((step, state), (1, large()))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_room_again(small_files):
+    folder, fill = small_files
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, large(), config={})
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        checkpoints.restore(large())
+        fill()
+        checkpoints.save(2, large(1), config={})
+        with pytest.raises(CheckpointError, match="step 2 cannot be written"):
+            checkpoints.save(3, large(2), config={})
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert checkpoints.save(2, large(1), config={})
+    with Checkpoints(folder) as checkpoints:
+        assert_same(checkpoints.restore(large()), (2, large(1)))
+
+
+def test_what_is_under_way_is_not_masked(small_files):
+    folder, fill = small_files
+    with (
+        pytest.raises(KeyError, match="the reason"),
+        pytest.warns(RuntimeWarning, match="step 1 cannot be written"),
+        Checkpoints(folder) as checkpoints,
+    ):
+        fill()
+        checkpoints.save(1, large(), config={})
+        raise KeyError("the reason")
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be used: Not a directory"):
+        Checkpoints(tmp_path / "file/run")
+
+
+def test_what_a_kill_left_is_removed_by_the_next_save(run):
+    shutil.copytree(run / "3", run / "7.orbax-checkpoint-tmp")
+    with Checkpoints(run) as checkpoints:
+        checkpoints.restore(nasty_state())
+        assert (run / "7.orbax-checkpoint-tmp").exists()  # another may be writing
+        checkpoints.save(4, nasty_state(4), config={})
+    assert not (run / "7.orbax-checkpoint-tmp").exists()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from oasis_jax.methods import METHODS, row
 from train.errors import UserError
+from train.files import replacing
 from train.options import Compare, Pretrain
 from train.options.commands import shared
 from train.options.fields import Role, differences, flag, of_role
@@ -72,7 +73,8 @@ def run(config: Compare, *, console: Console | None = None) -> list[dict[str, An
     ]
     write_json(config.out / "compare.json", rows)
     table = compare_markdown(rows, baseline=labels[0])
-    (config.out / "compare.md").write_text(table)
+    with replacing(config.out / "compare.md") as temporary:
+        temporary.write_text(table)
     compare_plot(rows, config.out / "compare.png")
     return rows
 

@@ -11,6 +11,7 @@ from oasis_jax import hf
 from oasis_jax.checkpoints import CheckpointError, Checkpoints
 from train.data.tokenizer import byte_tokenizer, coder_of, open_tokenizer
 from train.errors import UserError
+from train.files import replacing
 from train.options import Export, Finetune, Pretrain
 from train.options.fields import Role, of_role
 from train.report.log import read_metrics, write_json
@@ -35,7 +36,8 @@ def run(config: Export) -> Path:
     hf.save(config.out, model.config, params, source=source, label_names=labels or None)
     if source is None:
         _write_tokenizer(config.out, saved["tokenizer"])
-    (config.out / "README.md").write_text(card(saved, folder, step))
+    with replacing(config.out / "README.md") as temporary:
+        temporary.write_text(card(saved, folder, step))
     return config.out
 
 
