@@ -9,8 +9,10 @@ from oasis_jax import digests
 def sealed(tmp_path, monkeypatch):
     """Files of one piece, of three, and of none."""
     monkeypatch.setattr(digests, "PIECE", 1 << 16)
+    monkeypatch.setattr(digests, "BLOCK", 1 << 12)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/long").write_bytes(bytes(range(256)) * 600)
+    words = bytes(4096) + b"\1" * 4096 + bytes(range(256)) * 568
+    (tmp_path / "in/long").write_bytes(words)
     (tmp_path / "short").write_bytes(b"some words")
     (tmp_path / "empty").touch()
     digests.seal(tmp_path)
@@ -31,6 +33,10 @@ DAMAGE = {
     "flipped at the end": (
         lambda folder: write(folder / "in/long", b"!", 153_598),
         "in/long was changed in bytes 131,072 to 153,599",
+    ),
+    "two blocks swapped": (
+        lambda folder: write(folder / "in/long", b"\1" * 4096 + b"\0" * 4096, 0),
+        "in/long was changed in bytes 0 to 65,535",
     ),
     "cut": (
         lambda folder: (folder / "short").write_bytes(b"some"),
