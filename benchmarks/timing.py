@@ -288,7 +288,7 @@ def measure(
         found.update(_in_turns(workload, cases))
         each(found)
         return found
-    with _progress(len(cases)) as tick:
+    with progress(len(cases)) as tick:
         for case in cases:
             tick(case.label)
             found[case.label] = _alone(workload, case)
@@ -303,7 +303,7 @@ def takes_turns(workload: Workload) -> bool:
 
 def _in_turns(workload: Workload, cases: Sequence[Case]) -> dict[str, Measured]:
     turns = WARM_UP + workload.rounds
-    with _progress(len(cases) * (1 + turns)) as tick:
+    with progress(len(cases) * (1 + turns)) as tick:
         steps = {}
         for case in cases:
             tick(f"compile {case.label}")
@@ -345,7 +345,7 @@ def _plain(workload: Workload) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(total: int):
+def progress(total: int):
     """A bar; a line for each compilation where there is no terminal."""
     console = standard_error()
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]

@@ -1,10 +1,11 @@
 """Checkpoints: everything that moves, saved atomically and restored bit for bit.
 
-This is the only module that knows Orbax. A checkpoint is the directory `<step>/` with
+Only `storage.py` and this know Orbax. A checkpoint is the directory `<step>/` with
 
     about/  JSON: the run's configuration and an index {leaf path: "dtype[shape]"}
     state/  the leaves of the state, a flat dict keyed by path
     data/   the position of the Grain iterator, one file per process (optional)
+    digests.json  of every file, there before the checkpoint has its name (`digests.py`)
 
 The state is stored flat because Orbax gives custom nodes back as plain dicts; the
 caller's tree supplies the structure again, and where a leaf was called otherwise once
@@ -12,7 +13,6 @@ caller's tree supplies the structure again, and where a leaf was called otherwis
 a checkpoint of another model (an error) from a damaged one (fall back to the one before).
 """
 
-import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -23,15 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from oasis_jax.digests import Damaged
 from oasis_jax.paths import flatten_paths
+from oasis_jax.storage import CheckpointError as CheckpointError
+from oasis_jax.storage import Storage, first_line
 
 PyTree = Any
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint can be read, or the one that can does not fit the target."""
 
 
 class Checkpoints:
@@ -49,6 +47,9 @@ class Checkpoints:
       directory: Created if absent.
       keep: How many of the newest checkpoints survive.
       every: `save` writes at multiples of this, and when Orbax hears of a preemption.
+
+    Raises:
+      CheckpointError: if the directory cannot be made.
     """
 
     def __init__(self, directory: Path, *, keep: int = 3, every: int = 1):
@@ -56,24 +57,31 @@ class Checkpoints:
         self._every = every
         # The step this object last wrote or read; what lies beyond it is stale.
         self._position: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        self._storage = Storage(self.directory, keep=keep)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            # What is under way already says why it all ends.
+            if kind is None:
+                raise
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Waits for the last write and releases Orbax's threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last write and releases Orbax's threads.
+
+        Raises:
+          CheckpointError: if that write failed.
+        """
+        self._storage.close()
 
     def steps(self) -> list[int]:
         """The steps that have a directory, oldest first; some may be unreadable."""
-        return sorted(self._manager.all_steps())
+        return self._storage.steps()
 
     def save(
         self,
@@ -104,11 +112,14 @@ class Checkpoints:
           Whether a checkpoint was written.
 
         Raises:
+          CheckpointError: if this checkpoint, or the one that was being written, could
+            not be: the disk is full, say. Those before it are as they were.
           TypeError: if `config` is not JSON-able, or `state` holds a typed PRNG key.
           ValueError: if two leaves of `state` have the same path.
         """
-        due = step % self._every == 0 or self._manager.reached_preemption(step)
-        if step == self._position or not (due or force):
+        due = step % self._every == 0 or self._storage.reached_preemption(step)
+        written = step == self._position and step in self.steps()
+        if written or not (due or force):
             return False
         json.dumps(config)  # Orbax would fail in its own thread, much later
         leaves = _flatten(state)
@@ -126,22 +137,25 @@ class Checkpoints:
         }
         if data is not None:
             items["data"] = _grain().CheckpointSave(data)
-        self._set_aside(step)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        horizon = step - 1 if self._position is None else min(step - 1, self._position)
+        stale = [other for other in self.steps() if other > horizon]
+        self._storage.save(step, ocp.args.Composite(**items), stale=stale)
         self._position = step
         return True
 
     def config(self, step: int | None = None) -> dict[str, Any]:
-        """The configuration saved at `step`, or in the newest checkpoint that has one.
+        """The configuration saved at `step`, or in the newest checkpoint that is whole.
 
-        Reads one JSON file, so no model need exist yet.
+        No model need exist yet.
 
         Raises:
           CheckpointError: if there is no such checkpoint or it cannot be read.
         """
+        self._storage.settle()
         reasons = []
         for candidate in reversed(self.steps() if step is None else [step]):
             try:
+                self._storage.check(candidate)
                 return self._about(candidate)["config"]
             except Exception as error:
                 reasons.append(_reason(self.directory / str(candidate), error))
@@ -150,10 +164,12 @@ class Checkpoints:
     def restore(
         self, like: PyTree, *, data: Any = None, latest: int | None = None
     ) -> tuple[int, PyTree]:
-        """Reads the newest readable checkpoint.
+        """Reads the newest checkpoint that is whole.
 
-        An unreadable one is reported by a `RuntimeWarning`, left where it is, and the
-        one before it is tried.
+        One that cannot be read, or whose files are not those that were written, is
+        reported by a `RuntimeWarning`, left where it is until the next `save` sets it
+        aside, and the one before it is tried. A checkpoint without digests, an older
+        version's, is taken at its word.
 
         Args:
           like: The target: arrays or `jax.ShapeDtypeStruct`. Decides the structure,
@@ -170,12 +186,14 @@ class Checkpoints:
           CheckpointError: if no checkpoint can be read, or if leaves, shapes or dtypes
             differ from those of `like`. The message names them.
         """
+        self._storage.settle()
         reasons = []
         for step in reversed(self.steps()):
             if latest is not None and step > latest:
                 continue
             directory = self.directory / str(step)
             try:
+                self._storage.check(step)
                 about = self._about(step)
                 # Not a CheckpointError when this fails: the file itself is damaged.
                 saved, has_data = dict(about["leaves"]), bool(about["data"])
@@ -200,13 +218,11 @@ class Checkpoints:
                 continue
             self._position = step
             return step, state
-        raise self._none_readable(reasons)
+        raise self._none_readable(reasons, latest)
 
     def _about(self, step: int) -> dict[str, Any]:
-        # What is still being written must not pass for half-written.
-        self._manager.wait_until_finished()
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items)["about"]
+        return self._storage.restore(step, items)["about"]
 
     def _restore_state(
         self, step: int, like: PyTree, stored: Mapping[str, str]
@@ -215,7 +231,7 @@ class Checkpoints:
         targets = {stored[path]: _target(leaf) for path, leaf in leaves.items()}
         wanted = {path: leaf for path, leaf in targets.items() if np.size(leaf)}
         items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        values = targets | self._manager.restore(step, args=items)["state"]
+        values = targets | self._storage.restore(step, items)["state"]
         return jax.tree.unflatten(
             jax.tree.structure(like),
             [_place(values[stored[path]], leaf) for path, leaf in leaves.items()],
@@ -225,30 +241,17 @@ class Checkpoints:
         before = data.get_state()
         try:
             items = ocp.args.Composite(data=_grain().CheckpointRestore(data))
-            self._manager.restore(step, args=items)
+            self._storage.restore(step, items)
         except Exception:
             data.set_state(before)
             raise
 
-    def _set_aside(self, step: int) -> None:
-        horizon = step - 1 if self._position is None else min(step - 1, self._position)
-        stale = [other for other in self.steps() if other > horizon]
-        if not stale:
-            return
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            aside = self.directory / "superseded"
-            aside.mkdir(exist_ok=True)
-            for other in stale:
-                names = (aside / f"{other}.{count}" for count in itertools.count())
-                free = next(name for name in names if not name.exists())
-                (self.directory / str(other)).rename(free)
-        multihost_utils.sync_global_devices("oasis_jax.checkpoints: set aside")
-        self._manager.reload()
-
-    def _none_readable(self, reasons: list[str]) -> CheckpointError:
+    def _none_readable(
+        self, reasons: list[str], latest: int | None = None
+    ) -> CheckpointError:
         if not reasons:
-            return CheckpointError(f"{self.directory}: there is no checkpoint")
+            which = "" if latest is None else f" of step {latest} or before"
+            return CheckpointError(f"{self.directory}: there is no checkpoint{which}")
         return CheckpointError(
             f"{self.directory}: no checkpoint can be read: " + "; ".join(reasons)
         )
@@ -327,9 +330,8 @@ def _place(value: Any, leaf: Any) -> Any:
 
 
 def _reason(directory: Path, error: Exception) -> str:
-    # TensorStore's messages run to pages; their first line says what is wrong.
-    first_line = (str(error).strip() or "no details").splitlines()[0]
-    return f"{directory} is unreadable ({type(error).__name__}: {first_line[:200]})"
+    kind = "" if isinstance(error, Damaged) else f"{type(error).__name__}: "
+    return f"{directory} is unreadable ({kind}{first_line(error)})"
 
 
 def _warn(directory: Path, error: Exception) -> str:

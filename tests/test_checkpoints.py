@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+import subprocess
 import warnings
 from typing import NamedTuple
 
@@ -61,6 +63,9 @@ def assert_same(actual, expected):
     for one, other in zip(
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
+        if isinstance(one, int):
+            assert one == other
+            continue
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert one.sharding == other.sharding
         assert one.committed == other.committed
@@ -207,23 +212,92 @@ def test_damage_falls_back_to_the_checkpoint_before(run, damage):
     assert (run / "3").exists()
 
 
-@pytest.mark.parametrize("fate", ["cut", "gone"])
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+FATES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "gone": lambda file: file.unlink(),
+    "flipped": flip,
+    "grown": lambda file: file.write_bytes(file.read_bytes() + b" "),
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
 def test_no_damaged_file_goes_unnoticed(run, fate):
     """Whichever file suffers, the result is the saved state or the one before it."""
     good = {file: file.read_bytes() for file in run.glob("3/**/*") if file.is_file()}
     outcomes = set()
     for file, content in good.items():
-        if fate == "cut":
-            file.write_bytes(content[: len(content) // 2])
-        else:
-            file.unlink()
+        FATES[fate](file)
         with Checkpoints(run) as checkpoints, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             step, state = checkpoints.restore(nasty_state())
         assert_same(state, nasty_state(step))
+        if step == 3:
+            assert (file.name, fate) == ("digests.json", "gone")  # as before there were
         outcomes.add(step)
         file.write_bytes(content)
-    assert outcomes == {2, 3}  # the markers that Orbax leaves may go
+    assert 2 in outcomes
+
+
+def test_a_flipped_bit_is_named_and_kept_aside(run):
+    largest = max(
+        (f for f in run.glob("3/state/**/d/*")), key=lambda file: file.stat().st_size
+    )
+    flip(largest)
+    name = str(largest.relative_to(run / "3"))
+    with Checkpoints(run, keep=2) as checkpoints:
+        assert checkpoints.config()["step"] == 2
+        with pytest.warns(RuntimeWarning, match=f"3 is unreadable .{name} was changed"):
+            assert checkpoints.restore(nasty_state())[0] == 2
+        assert checkpoints.save(3, nasty_state(30), config={})
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        step, state = checkpoints.restore(nasty_state())
+    assert_same((step, state), (3, nasty_state(30)))
+    assert (run / "superseded/3.0" / name).exists()
+
+
+def test_a_foreign_file_is_damage(run):
+    (run / "3/state/d/another").touch()
+    message = "state/d/another was not there"
+    with Checkpoints(run) as checkpoints, pytest.warns(RuntimeWarning, match=message):
+        assert checkpoints.restore(nasty_state())[0] == 2
+
+
+def test_checkpoints_of_before_there_were_digests(run):
+    for step in (1, 2, 3):
+        (run / f"{step}/digests.json").unlink()
+    with Checkpoints(run) as checkpoints, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step, state = checkpoints.restore(nasty_state())
+    assert_same((step, state), (3, nasty_state(3)))
+
+
+def test_digests_travel_with_a_copy(run, tmp_path):
+    shutil.copytree(run / "3", tmp_path / "copy/3")
+    flip(tmp_path / "copy/3/about/metadata")
+    message = "about/metadata was changed"
+    with (
+        Checkpoints(tmp_path / "copy") as checkpoints,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        checkpoints.config()
+
+
+def test_the_newest_not_later_than(run):
+    with Checkpoints(run) as checkpoints:
+        step, state = checkpoints.restore(nasty_state(), latest=2)
+        assert_same((step, state), (2, nasty_state(2)))
+        with pytest.raises(CheckpointError, match="no checkpoint of step 0 or before"):
+            checkpoints.restore(nasty_state(), latest=0)
+        assert checkpoints.save(4, nasty_state(4), config={})
+        assert checkpoints.steps() == [1, 2, 4]
+    assert (run / "superseded/3.0").exists()
 
 
 @pytest.mark.parametrize("damage", [delete_arrays, spoil_position])
@@ -345,3 +419,112 @@ def test_what_cannot_be_saved_fails_at_once(tmp_path, state, config, error, mess
         with pytest.raises(error, match=message):
             checkpoints.save(1, state, config=config)
         assert checkpoints.steps() == []
+
+
+def large(seed: int = 0):
+    return {
+        f"w{n}": jax.random.normal(jax.random.key(n + seed), (256, 256))
+        for n in range(9)
+    }
+
+
+@pytest.fixture
+def small_files(tmp_path):
+    """No file grows beyond a few kilobytes, which is what a quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    yield tmp_path, full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, for two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 5 * large_bytes() // 2
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("no disk can be mounted here")
+    yield disk, lambda: (disk / "other").write_bytes(bytes(large_bytes()))
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def large_bytes():
+    return sum(leaf.nbytes for leaf in large().values())
+
+
+@pytest.mark.parametrize("at", ["the next save", "the end"])
+@pytest.mark.parametrize("room", ["small_files", "small_disk"])
+def test_no_room_is_one_sentence(room, at, request, capfd):
+    folder, fill = request.getfixturevalue(room)
+    checkpoints = Checkpoints(folder / "run")
+    checkpoints.save(1, large(), config={})
+    assert checkpoints.restore(large())[0] == 1  # it is there, whole
+    fill()
+    checkpoints.save(2, large(1), config={})
+    with pytest.raises(CheckpointError) as full:
+        if at == "the end":
+            checkpoints.close()
+        else:
+            checkpoints.save(3, large(2), config={})
+    checkpoints.close()
+    why = "File too large" if room == "small_files" else "No space left on device"
+    assert str(full.value) == (
+        f"{folder / 'run'}: the checkpoint of step 2 cannot be written: {why};"
+        " of those there, the newest whole one is step 1"
+    )
+    assert [file.name for file in (folder / "run").iterdir()] == ["1"]
+    with Checkpoints(folder / "run") as after:
+        step, state = after.restore(large())
+    assert_same((step, state), (1, large()))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_room_again(small_files):
+    folder, fill = small_files
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, large(), config={})
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        checkpoints.restore(large())
+        fill()
+        checkpoints.save(2, large(1), config={})
+        with pytest.raises(CheckpointError, match="step 2 cannot be written"):
+            checkpoints.save(3, large(2), config={})
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert checkpoints.save(2, large(1), config={})
+    with Checkpoints(folder) as checkpoints:
+        assert_same(checkpoints.restore(large()), (2, large(1)))
+
+
+def test_what_is_under_way_is_not_masked(small_files):
+    folder, fill = small_files
+    with (
+        pytest.raises(KeyError, match="the reason"),
+        pytest.warns(RuntimeWarning, match="step 1 cannot be written"),
+        Checkpoints(folder) as checkpoints,
+    ):
+        fill()
+        checkpoints.save(1, large(), config={})
+        raise KeyError("the reason")
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be used: Not a directory"):
+        Checkpoints(tmp_path / "file/run")
+
+
+def test_what_a_kill_left_is_removed_by_the_next_save(run):
+    shutil.copytree(run / "3", run / "7.orbax-checkpoint-tmp")
+    with Checkpoints(run) as checkpoints:
+        checkpoints.restore(nasty_state())
+        assert (run / "7.orbax-checkpoint-tmp").exists()  # another may be writing
+        checkpoints.save(4, nasty_state(4), config={})
+    assert not (run / "7.orbax-checkpoint-tmp").exists()

@@ -45,6 +45,12 @@ def _run(words: Sequence[str]) -> int:
     except (HfError, CheckpointError, TargetError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
+    except OSError as error:
+        # A full disk, a folder that is read-only or not there: whoever asked for it.
+        if error.strerror is None or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_code
 
 
 if __name__ == "__main__":

@@ -17,6 +17,21 @@ LOCK = ".lock"
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an error of the system say which file it was about, which a write does not.
+
+    Raises:
+      OSError: as it came, with `path` for its file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write under, beside `path`, which it replaces once it is whole.
 
@@ -34,8 +49,9 @@ def replacing(path: Path) -> Iterator[Path]:
     # The ending stays, for libraries that go by it.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -287,6 +287,7 @@ def _shards(tensors: Sequence[_Tensor], most: int) -> Iterator[list[_Tensor]]:
 
 def _write(folder: Path, tensors: Sequence[_Tensor], most: int) -> None:
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError:
         raise HfError(
@@ -299,7 +300,12 @@ def _write(folder: Path, tensors: Sequence[_Tensor], most: int) -> None:
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         # transformers refuses a file without this.
-        save_file({t.name: t.value() for t in shard}, folder / name, {"format": "pt"})
+        tensors_of = {t.name: t.value() for t in shard}
+        try:
+            save_file(tensors_of, folder / name, {"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            (folder / name).unlink(missing_ok=True)
+            raise HfError(f"{folder / name} cannot be written: {error}") from error
         # safetensors makes files that nobody else may read.
         shutil.copymode(folder / CONFIG, folder / name)
         index |= {tensor.name: name for tensor in shard}

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from oasis_jax.methods import METHODS, row
 from train.errors import Preempted, UserError
-from train.files import owned
+from train.files import owned, replacing
 from train.options import Compare, Pretrain
 from train.options.commands import shared
 from train.options.fields import Role, differences, flag, of_role
@@ -102,7 +102,8 @@ def _compare(
     ]
     write_json(config.out / "compare.json", rows)
     table = compare_markdown(rows, baseline=labels[0])
-    (config.out / "compare.md").write_text(table)
+    with replacing(config.out / "compare.md") as temporary:
+        temporary.write_text(table)
     compare_plot(rows, config.out / "compare.png")
     return rows
 

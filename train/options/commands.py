@@ -210,18 +210,21 @@ class Compare(Output, Schedule, Step, Projected, Corpus, Shape):
         "Names separated by commas, or all; name:rank:residuals overrides --rank and"
         " --residuals, as in oasis:0.5 or oasis:0.5:int8.",
         Role.LOOK,
+        also=("method",),
     )
     lrs: str = option(
         "1e-3,3e-3,1e-2",
         "Peak learning rates, separated by commas; each method keeps its best. A method"
         " whose updates are scaled down takes them times its own factor.",
         Role.LOOK,
+        also=("lr",),
     )
     seeds: str = option(
         "0",
         "Seeds, separated by commas. Learning rates are swept with the first; the others"
         " repeat each method's best.",
         Role.LOOK,
+        also=("seed",),
     )
     jobs: int = option(
         1,

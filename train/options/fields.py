@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,13 @@ class Role(enum.Enum):
 
 
 def option(
-    default: Any, about: str, role: Role, bound: Bound | None = None, **rest: Any
+    default: Any,
+    about: str,
+    role: Role,
+    bound: Bound | None = None,
+    *,
+    also: Sequence[str] = (),
+    **rest: Any,
 ) -> Any:
     """A field that is an option.
 
@@ -33,9 +39,10 @@ def option(
       about: For `--help`.
       role: What depends on it.
       bound: What it may be, unless it is None.
+      also: Other names of its flag.
       rest: As of `dataclasses.field`.
     """
-    facts = {"about": about, "role": role, "bound": bound}
+    facts = {"about": about, "role": role, "bound": bound, "also": also}
     return dataclasses.field(default=default, metadata=facts, **rest)
 
 

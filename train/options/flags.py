@@ -74,7 +74,8 @@ def parse(words: Sequence[str], prog: str, about: str = "") -> tuple[str, Option
 
 def _check_known(command: str, kind: type[Options], words: Sequence[str]) -> None:
     """Refuses flags that the command does not read."""
-    known = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    names = ((f.name, *f.metadata.get("also", ())) for f in dataclasses.fields(kind))
+    known = {name.replace("_", "-") for each in names for name in each}
     for word in words:
         name = word[2:].partition("=")[0].replace("_", "-")
         if not word.startswith("--") or name in known | {"help", ""}:
@@ -154,7 +155,8 @@ def _group(kind: type[Options], names: Sequence[str], owner: type) -> Any:
     members: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(kind):
         if field.name in names:
-            about = tyro.conf.arg(help=field.metadata["about"])
+            also = [flag(name) for name in field.metadata["also"]]
+            about = tyro.conf.arg(help=field.metadata["about"], aliases=also)
             default = dataclasses.field(default=field.default)
             members.append((field.name, Annotated[field.type, about], default))
     members.sort(key=lambda member: member[2].default is not dataclasses.MISSING)

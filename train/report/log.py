@@ -9,6 +9,7 @@ and an evaluation record is {"step", "val_loss", "val_tokens" or "val_examples"}
 task's metrics.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from train.files import replacing
+from train.files import naming, replacing
 
 Record = Mapping[str, Any]
 
@@ -75,15 +76,17 @@ class MetricsLog:
         """Writes one record; numpy and JAX numbers are welcome."""
         line = _line(record)
         self.records.append(json.loads(line))
-        self._file.write(line)
-        # Whoever watches the file, or reads it after a kill, sees every finished step.
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line)
+            # Whoever watches the file, or reads it after a kill, sees every finished step.
+            self._file.flush()
         if self._writer is not None:
             for name, value in scalars(record):
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a record that was told of already
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from train.files import replacing
+
 INK, FAINT = "#333333", "#b8c4d0"
 # Okabe and Ito's palette, which survives colour blindness, without its yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
@@ -31,7 +33,8 @@ def drawn_axes(
 
 def save(figure: Figure, path: Path) -> None:
     # A Figure without pyplot draws with Agg and leaves the global backend alone.
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def labelled_points(

@@ -10,6 +10,7 @@ from oasis_jax.state import OasisTrainState
 from train.data.batches import TextData
 from train.data.instructions import Instructions
 from train.data.labelled import Labelled
+from train.files import replacing
 from train.objectives.answers import answered
 from train.objectives.labels import scores
 from train.objectives.metrics import metrics
@@ -64,8 +65,8 @@ def judge_answers(config: Finetune, setup: Setup, data: Instructions) -> Judge:
         )
         if not lines:
             return result
-        with RunFolder(config.out).answers.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        with replacing(RunFolder(config.out).answers) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         said, right = ([line[k] for line in lines] for k in ("answer", "reference"))
         return result | metrics(data.metrics, said, right) | {"asked": len(lines)}
 

@@ -83,11 +83,16 @@ def test_help_gives_each_method_a_title(command):
 UNKNOWN = {
     "a slip": ("pretrain --bacth=4", "--bacth is no option of pretrain", "--batch"),
     "other words": ("pretrain --learning-rate=1", "--learning-rate is no", "--lr"),
-    "of another": ("compare --lr=1", "--lr is no option of compare", "--lrs"),
+    "of another": ("compare --resume", "--resume is no option of compare", "--"),
     "not read": ("plan --seed=3", "--seed is no option of plan", "--"),
     "negated": ("export --no-json", "--no-json is no option of export", "--"),
     "two dashes": ("methods --jsn", "--jsn is no option of methods", "--json"),
 }
+
+
+def test_some_flags_have_another_name():
+    one = parse(["compare", "--method=adamw,oasis", "--lr=1e-3", "--seed=2"], "x", "")
+    assert (one[1].methods, one[1].lrs, one[1].seeds) == ("adamw,oasis", "1e-3", "2")
 
 
 @pytest.mark.parametrize("words, sentence, near", UNKNOWN.values(), ids=UNKNOWN)
