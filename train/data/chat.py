@@ -67,18 +67,14 @@ def read_chat(folder: Path) -> Chat:
     """
     file = folder / "tokenizer_config.json"
     config = _object(file)
-    named = {name: config.get(name) for name in NAMED}
-    # Newer folders have all in the former; where both speak, transformers goes by this.
-    mapped = _object(folder / "special_tokens_map.json")
-    legacy = "added_tokens_decoder" not in config
-    for name in NAMED:
-        if name in mapped and (legacy or named[name] is None):
-            named[name] = mapped[name]
-    tokens = {name: _token(file, name, value) for name, value in named.items()}
+    tokens, mapped = _tokens(file), _tokens(folder / "special_tokens_map.json")
+    # Newer folders have all in the former; of older ones transformers takes the latter.
+    newer = "added_tokens_decoder" in config
+    tokens = mapped | tokens if newer else tokens | mapped
     place, sources = _sources(folder, file, config.get("chat_template"))
     return Chat(
         sources,
-        {name: token for name, token in tokens.items() if token is not None},
+        tokens,
         _stops(folder / "generation_config.json"),
         str(place),
     )
@@ -115,11 +111,18 @@ def _stops(file: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _token(file: Path, name: str, value: Any) -> str | None:
-    content = value.get("content") if isinstance(value, dict) else value
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"{file}: expected {name} to be a token, found {value!r}")
-    return content
+def _tokens(file: Path) -> dict[str, str]:
+    """The special tokens that a file names."""
+    tokens, stored = {}, _object(file)
+    for name in NAMED:
+        value = stored.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if content is None:
+            continue
+        if not isinstance(content, str):
+            raise DataError(f"{file}: expected {name} to be a token, found {value!r}")
+        tokens[name] = content
+    return tokens
 
 
 def _object(file: Path) -> dict[str, Any]:

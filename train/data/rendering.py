@@ -13,8 +13,9 @@ import datetime
 import itertools
 import json
 import re
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -22,6 +23,7 @@ import jinja2
 from train.data.sandbox import CLOSE, OPEN, sandbox
 
 MEMORY = 2**31  # bytes that the process may have
+ALONE = 60  # seconds for a conversation, where nobody has ended it before
 LONGEST = 2**24  # characters of a conversation, once it is written
 
 Span = tuple[int, int]
@@ -332,8 +334,18 @@ def main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for answer in answers(iter(sys.stdin)):
+    for answer in answers(_in_time(sys.stdin)):
         print(json.dumps(answer), flush=True)
+
+
+def _in_time(lines: Iterable[str]) -> Iterator[str]:
+    """Ends the process where a line takes too long, whoever may have asked for it."""
+    for line in lines:
+        if hasattr(signal, "alarm"):
+            signal.alarm(ALONE)
+        yield line
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Rows to conversations: keys, errors, and a template that goes its own ways."""
 
 import datetime
+import json
 import os
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from train.data import conversations
-from train.data.chat import Chat
+from train.data.chat import Chat, read_chat
 from train.data.conversations import Writer, conversation_of, said_unread
+from train.data.rendering import Template, TemplateError
 from train.errors import DataError
 
 NOW = datetime.datetime(2026, 2, 3)
@@ -125,3 +129,107 @@ def test_no_process_stays(monkeypatch):
         list(asked.write(rows(PAIR)))
     with pytest.raises(ChildProcessError):  # there is none to wait for
         os.waitpid(-1, os.WNOHANG)
+
+
+# --- From strangers -------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from("role content tools name tool_calls".split()), inner
+        )
+    ),
+    max_leaves=8,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(("user", "assistant", "tool"))},
+    optional={"content": VALUES, "tool_calls": VALUES, "reasoning": VALUES},
+)
+ROW = st.dictionaries(
+    st.sampled_from(
+        "prompt completion tools documents id chat_template_kwargs".split()
+    ),
+    VALUES,
+).flatmap(
+    lambda row: st.lists(TURN, max_size=4).map(lambda turns: row | {"messages": turns})
+)
+# What templates are made of; most of what comes out is none.
+PIECES = st.lists(
+    st.sampled_from(
+        """{% for m in messages %}
+        {% endfor %}
+        {% if m.content %}
+        {% endif %}
+        {{ m.content }}
+        {{ m.content | trim }}
+        {{ m | tojson }}
+        {{ messages[::-1] }}
+        {{ m.tool_calls[0].name }}
+        {% generation %}
+        {% endgeneration %}
+        {{ loop.previtem }}
+        {{ m.__class__ }}
+        {{ 1 / 0 }}
+        {% set ns = namespace(a=1) %}
+        {{ x.y.z }}
+        {{
+        </s>""".split("\n        ")
+    ),
+    max_size=8,
+)
+FEW = settings(
+    deadline=None,
+    max_examples=80,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@FEW
+@given(ROW | st.dictionaries(st.text(max_size=9), VALUES))
+def test_any_row_is_a_conversation_or_a_sentence(row):
+    try:
+        (one,) = writer(None).write(rows(row))
+        assert one.answers
+    except DataError as error:
+        assert "\n" not in str(error) and str(error).startswith("d.jsonl:1: ")
+
+
+@FEW
+@given(ROW, PIECES)
+def test_any_template_is_followed_or_refused(row, pieces):
+    special = ["</s>"]
+    try:
+        row = conversation_of("d.jsonl:1", row)
+    except DataError:
+        return
+    try:
+        template = Template("".join(pieces), {"eos_token": "</s>"}, special, NOW)
+        written = template.write(row)
+    except TemplateError:
+        return
+    for start, stop in (*written.answers, *written.spelled):
+        assert 0 <= start <= stop <= len(written.text)
+
+
+@FEW
+@given(
+    name=st.sampled_from(
+        ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    ),
+    value=st.dictionaries(
+        st.sampled_from(("eos_token", "chat_template", "eos_token_id", "bos_token")),
+        VALUES,
+    )
+    | VALUES,
+)
+def test_any_file_of_a_model_is_read_or_named(name, value, tmp_path):
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / name).write_text(json.dumps(value))
+    try:
+        read_chat(tmp_path)
+    except DataError as error:
+        assert name in str(error)
