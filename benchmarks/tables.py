@@ -395,11 +395,64 @@ def _planned(result: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
     }
 
 
+def checkpoints() -> str:
+    """What digests cost beside the saving."""
+    result = _load("checkpoints")
+    return _markdown(
+        f"Saving a state until its checkpoint is whole, medians of {result['rounds']}"
+        " saves with digests and without, in turns; sealing is part of saving, and in"
+        " brackets is its share of the rest"
+        f" ({_machine(result['machine'])}, which others used too):",
+        [
+            {
+                "state": human_bytes(row["bytes"]),
+                "save blocks (ms)": _milliseconds(row["blocked_seconds"]),
+                "whole after (ms)": _milliseconds(row["save_seconds"]),
+                "without digests (ms)": _milliseconds(row["save_seconds_without"]),
+                "sealing (ms)": f"{_milliseconds(row['seal_seconds'])}"
+                f" ({100 * row['share_of_sealing']:.1f} %)",
+                "checking (ms)": _milliseconds(row["check_seconds"]),
+            }
+            for row in result["rows"]
+        ],
+    )
+
+
+def survival() -> str:
+    """Kills by kind, and what was wrong."""
+    result = _load("survival")
+    kills, runs = result["kills"], result["runs"]
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        again = row["again"]
+        mean = f"{statistics.mean(again):.1f}" if again else "n/a"
+        return {
+            "kind": row["kind"],
+            "kills": str(row["kills"]),
+            "exit codes": ", ".join(f"{c} ({n})" for c, n in row["codes"].items()),
+            "steps done again, mean": mean,
+            "most": str(max(again)) if again else "n/a",
+        }
+
+    wrong = len(result["wrong"])
+    return _markdown(
+        f"{kills} kills at random moments of {runs} runs of {result['steps']} steps, a"
+        " checkpoint every third (seed"
+        f" {result['seed']}; {_machine(result['machine'])}). Final states, places in the"
+        " data and losses that were not, bit for bit, those of the run that nobody"
+        " touched, exit codes that were not right, tracebacks and hangs:"
+        f" {wrong or 'none'}.",
+        [cells(row) for row in result["rows"]],
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "first run, shortened": first_run_shortened,
     "h200": h200,
     "losses": losses,
     "first run": first_run,
+    "checkpoints": checkpoints,
+    "survival": survival,
     "quality": quality,
     "methods": methods,
     "residuals": residuals,

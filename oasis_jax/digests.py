@@ -7,8 +7,9 @@
 
 A checksum tells damage, not malice, and must cost little beside the writing, of which
 SHA-256 would take a fifth and CRC-32 a tenth. So a piece's blocks of 32,768 words are
-added up word by word, and so are these sums, as Fletcher's checksum does; the CRC-32 of
-both is kept. Each word that changes changes a sum. Pieces are summed in parallel.
+added up word by word, each turned a little further than the one before, and the CRC-32 of
+the sums is kept. A word that changes changes a sum, and so does a block that moves. Pieces
+are summed in parallel.
 """
 
 import json
@@ -27,6 +28,8 @@ PIECE = 1 << 24
 """Bytes that have a checksum of their own; a multiple of every system's page."""
 BLOCK = 1 << 18
 """Bytes that are added up at once; a processor keeps them near."""
+TURN = 509
+"""Words by which a block is turned further than the one before it."""
 _UNFINISHED = f"{NAME}.new"
 
 
@@ -182,15 +185,18 @@ def _streamed(path: Path, start: int, stop: int) -> int:
 
 def _sum(blocks: Iterable[bytes | memoryview]) -> int:
     """Of blocks, of which the last may be shorter."""
-    sums = np.zeros((2, BLOCK // 8), "<u8")
-    end: bytes | memoryview = b""
+    sums = np.zeros(BLOCK // 8, "<u8")
+    value, turn = 0, 0
     for block in blocks:
         if len(block) < BLOCK:
-            end = block
+            value = zlib.crc32(block)
             continue
-        np.add(sums[0], np.frombuffer(block, "<u8"), out=sums[0])
-        np.add(sums[1], sums[0], out=sums[1])
+        words = np.frombuffer(block, "<u8")
+        for to, part in (
+            (sums[turn:], words[: len(sums) - turn]),
+            (sums[:turn], words[len(sums) - turn :]),
+        ):
+            np.add(to, part, out=to)
+        turn = (turn + TURN) % len(sums)
     # Of a short file this is its CRC-32.
-    return (
-        zlib.crc32(sums.tobytes(), zlib.crc32(end)) if sums.any() else zlib.crc32(end)
-    )
+    return zlib.crc32(sums.tobytes(), value) if sums.any() else value

@@ -11,8 +11,8 @@ def sealed(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "PIECE", 1 << 16)
     monkeypatch.setattr(digests, "BLOCK", 1 << 12)
     (tmp_path / "in").mkdir()
-    words = bytes(4096) + b"\1" * 4096 + bytes(range(256)) * 568
-    (tmp_path / "in/long").write_bytes(words)
+    one, other = bytes(range(256)) * 16, b"some words, and more of them..  " * 128
+    (tmp_path / "in/long").write_bytes(one + other + bytes(range(256)) * 568)
     (tmp_path / "short").write_bytes(b"some words")
     (tmp_path / "empty").touch()
     digests.seal(tmp_path)
@@ -25,6 +25,11 @@ def write(file, content, at):
         opened.write(content)
 
 
+def swap(file, size):
+    content = file.read_bytes()
+    write(file, content[size : 2 * size] + content[:size], 0)
+
+
 DAMAGE = {
     "flipped": (
         lambda folder: write(folder / "in/long", b"!", 70_000),
@@ -35,7 +40,7 @@ DAMAGE = {
         "in/long was changed in bytes 131,072 to 153,599",
     ),
     "two blocks swapped": (
-        lambda folder: write(folder / "in/long", b"\1" * 4096 + b"\0" * 4096, 0),
+        lambda folder: swap(folder / "in/long", 4096),
         "in/long was changed in bytes 0 to 65,535",
     ),
     "cut": (
