@@ -446,6 +446,18 @@ def survival() -> str:
     )
 
 
+def templates() -> str:
+    """Texts that templates write here and in transformers."""
+    result = _load("templates")
+    used = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    rows = [{k: str(v) for k, v in row.items()} for row in result["table"]]
+    return _markdown(
+        "Texts of ten conversations, with and without the words that ask for an answer,"
+        f" and what {{% generation %}} marks in them ({used}):",
+        rows,
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "first run, shortened": first_run_shortened,
     "h200": h200,
@@ -453,6 +465,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "first run": first_run,
     "checkpoints": checkpoints,
     "survival": survival,
+    "templates": templates,
     "quality": quality,
     "methods": methods,
     "residuals": residuals,
