@@ -131,7 +131,8 @@ def split_off(
 ) -> tuple[list[Any], list[Any], str]:
     """What stays, and about `size` items held out by chance, both in their order.
 
-    Equal items stay on one side, so `size` is met exactly where there are none.
+    Equal items stay on one side, so `size` is met exactly where there are none. Only where
+    all are equal there is no other way.
 
     Args:
       data: Where the items are from, for messages.
@@ -140,16 +141,16 @@ def split_off(
       Both, and what is to be said of equal items: "; ..." if there are any.
 
     Raises:
-      DataError: if there is but one item, or all are equal.
+      DataError: if there is but one item.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(key(item), []).append(index)
-    if len(groups) < 2:
-        raise DataError(
-            f"data {data!r} is too small to hold out a part of it"
-            + (f": its {len(items):,} rows are all equal" if len(items) > 1 else "")
-        )
+    if len(items) < 2:
+        raise DataError(f"data {data!r} is too small to hold out a part of it")
+    if len(groups) == 1:
+        note = f"; all {len(items):,} rows are equal, those held out among them"
+        return [*items[size:]], [*items[:size]], note
     parts = [*groups.values()]
     drawn = [parts[i] for i in draw.permutation(len(parts)).tolist()]
     held: set[int] = set()

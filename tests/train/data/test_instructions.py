@@ -395,11 +395,6 @@ TURNS = ["system", "user"]
         (OK, {"config": {"eos_token": "<no>"}}, "eos_token '<no>' is not in its voc"),
         ("", {}, "has no training examples"),
         (OK, {"eval_data": None}, "too small to hold out a part of it$"),
-        (
-            OK * 3,
-            {"eval_data": None},
-            "hold out a part of it: its 3 rows are all equal",
-        ),
         (OK, {"eval_data": "no.jsonl"}, "'no.jsonl' is no file"),
         (OK, {"positions": 32}, "seq 64 exceeds the model's 32 positions"),
         (OK, {"vocab_size": 99}, r"tokenizer has \d+ tokens, .* only 99;"),
