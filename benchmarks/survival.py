@@ -155,7 +155,8 @@ def full(runs: Runs, process: subprocess.Popen, draw: random.Random) -> None:
 
 KINDS: dict[str, tuple[Kill, set[int]]] = {
     "kill -9": (kill, {-signal.SIGKILL}),
-    "TERM": (term, {Preempted.exit_code, -signal.SIGTERM}),
+    # 130 where it came before there was anything to save.
+    "TERM": (term, {Preempted.exit_code, INTERRUPTED, -signal.SIGTERM}),
     "TERM twice": (term_twice, {Preempted.exit_code, INTERRUPTED, -signal.SIGTERM}),
     "kill -9, a bit flipped": (kill, {-signal.SIGKILL}),
     "disk full": (full, {UserError.exit_code}),
@@ -284,7 +285,7 @@ class Survey:
                 f"run {self._begun}, {kind or 'left alone'} after {self.kills} kills"
             )
             if "Traceback" in said:
-                self.wrong.append(f"{place}: a traceback")
+                self.wrong.append(f"{place}: a traceback: {said[-2000:]}")
             resumed = re.search(r"resumed .* after step (\d+)", said)
             if before and resumed:
                 self.found[before].again.append(max(0, logged - int(resumed[1])))

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,11 +113,22 @@ class Storage:
                 digests.complete(self.folder(step))
 
     def close(self) -> None:
-        """As `settle`; and ends Orbax's threads."""
+        """As `settle`; and ends Orbax's threads, which may have words of their own."""
         try:
             self.settle()
-        finally:
+        except CheckpointError:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            raise
+        try:
             self._manager.close()
+        except Exception as error:
+            reason = _of_the_system(error)
+            if reason is None:
+                raise
+            raise CheckpointError(
+                f"{self.directory} cannot be closed: {reason}"
+            ) from error
 
     def check(self, step: int) -> None:
         """Reads all files of a step that has digests; once, while nobody writes to them.
@@ -221,6 +233,7 @@ def _quieten() -> None:
     others, whose complaints then come from TensorStore's threads and help nobody.
     """
     logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited")
     if sys.unraisablehook is not _unraisable:
         _hooks.append(sys.unraisablehook)
         sys.unraisablehook = _unraisable

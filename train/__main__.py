@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from train.errors import DONE, INTERRUPTED, Diverged, Preempted, UserError
-from train.run.signals import listening
+from train.run.signals import listening, own_process
 
 ABOUT = f"""Train transformers in a subspace. COMMAND --help lists the options of a command.
 
@@ -54,6 +54,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_process()
     code = main()
     # What is left is not worth a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,15 @@ TOGETHER = 0.1
 """Seconds within which signals are one: `timeout` and terminals send some twice."""
 
 
+_ours = False
+
+
+def own_process() -> None:
+    """Says that this process is a command's alone, which a signal may end."""
+    global _ours
+    _ours = True
+
+
 class Signals:
     """What was asked of this process while it was `listening`.
 
@@ -43,6 +53,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop = self.save = False
         self._deferred = self._raises = False
+        self._asked = 0.0
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def defer(self) -> None:
@@ -70,9 +81,22 @@ class Signals:
             self.save = True
             return
         self._leave_terminal()
+        again = time.monotonic() - self._asked < TOGETHER
         first, self.stop = not self.stop, True
-        if first and (self._raises or not self._deferred):
+        if first:
+            self._asked = time.monotonic()
+        elif again:
+            return
+        if first and self._raises:
             raise KeyboardInterrupt
+        if first and self._deferred:
+            return
+        if not _ours:
+            raise KeyboardInterrupt
+        if first:
+            # Whatever runs now, an import say, may turn an exception into one of its own.
+            _end("stopped")
+        # The thread ends it after a second one.
 
     @property
     def patience(self) -> float | None:
@@ -96,9 +120,10 @@ def listening(
 ) -> Iterator[Signals]:
     """Takes signals while it is entered; may be entered inside itself.
 
-    Until `Signals.defer`, a stop signal raises KeyboardInterrupt in the main thread, and
-    ends the process where that does not help soon. After it, the first is noted. A second
-    one ends the process at once, with exit code 130.
+    Until `Signals.defer`, a stop signal ends the process, with exit code 130: by a thread
+    where the main one does not hear it. After it, the first is noted, and a second one
+    ends the process. In a process that is not ours (`own_process`), such as a notebook's,
+    it raises KeyboardInterrupt instead.
 
     Outside the main thread no signal is taken: whoever runs us handles them.
 
@@ -121,11 +146,17 @@ def listening(
         target=_watch, args=(signals, inbox, first, last), daemon=True
     )
     watcher.start()
+    hook = sys.unraisablehook
     try:
         for number in heard:
             signal.signal(number, signals.note)
+        # Raised in a collection of garbage it is lost; `stop` is not.
+        sys.unraisablehook = lambda lost: (
+            None if lost.exc_type is KeyboardInterrupt else hook(lost)
+        )
         yield signals
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(outer)
@@ -150,7 +181,7 @@ def _watch(
     asked: float | None = None
     while True:
         wait = signals.patience if asked is not None else None
-        if not select.select([inbox], [], [], wait)[0]:
+        if not select.select([inbox], [], [], wait if _ours else None)[0]:
             _end("stopped", last)
         for number in inbox.recv(64):
             if number == 0:
@@ -161,11 +192,11 @@ def _watch(
                 asked = time.monotonic()
                 if first is not None:
                     first()
-            elif time.monotonic() - asked > TOGETHER:
+            elif _ours and time.monotonic() - asked > TOGETHER:
                 _end("stopped at once, by a second signal", last)
 
 
-def _end(words: str, last: Callable[[], None] | None) -> None:
+def _end(words: str, last: Callable[[], None] | None = None) -> None:
     """Ends the process, whatever its other threads do."""
     with contextlib.suppress(Exception):
         if last is not None:

@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from oasis_jax import hf
 from oasis_jax.checkpoints import Checkpoints
+from oasis_jax.leaves import matching
 from oasis_jax.models.bert import Bert, BertConfig
 from oasis_jax.models.llama import Llama, LlamaConfig
 from oasis_jax.paths import flatten_paths
@@ -204,7 +205,9 @@ def test_adamw_is_the_plain_optax_loop(classify, tmp_path, words, reviews):
     )
     tx = optax.chain(
         optax.clip_by_global_norm(0.5),
-        optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=0.1),
+        optax.adamw(
+            schedule, b1=0.9, b2=0.999, weight_decay=0.1, mask=matching("kernel$")
+        ),
     )
 
     @jax.jit

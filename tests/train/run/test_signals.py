@@ -95,7 +95,8 @@ def test_nohup_is_respected():
 
 STUCK = """
 import ctypes, sys
-from train.run.signals import listening
+from train.run.signals import listening, own_process
+own_process()
 def last():
     print("last", flush=True)
 with listening(last=last) as signals:
