@@ -54,6 +54,12 @@ def small(corpus, tmp_path) -> Pretrain:
     )
 
 
+@pytest.fixture
+def plain(small) -> Pretrain:
+    """Of a step that is compiled sooner, where the method does not matter."""
+    return dataclasses.replace(small, method="adamw")
+
+
 def flags(config: Pretrain) -> list[str]:
     """The command line that gives this configuration."""
     return command_line("pretrain", dataclasses.asdict(config))[3:]
@@ -159,8 +165,8 @@ def test_resume_is_bit_equal(small, changes, killed_at):
     ]
 
 
-def test_resume_before_the_first_checkpoint_starts_again(small, killed_at):
-    config = dataclasses.replace(small, checkpoint_every=100)
+def test_resume_before_the_first_checkpoint_starts_again(plain, killed_at):
+    config = dataclasses.replace(plain, checkpoint_every=100)
     killed_at(1, lambda: pretrain.run(config))
     summary = pretrain.run(dataclasses.replace(config, resume=True))
     assert summary["curve"][-1][0] == 8 and len(lines(config.out)) == 8 + 2
@@ -184,14 +190,14 @@ def test_sigterm_saves_and_says_how_to_go_on(small, tmp_path):
     assert step == [r for r in lines(config.out) if "loss" in r][-1]["step"]
 
 
-def test_damaged_newest_checkpoint_falls_back(small):
-    pretrain.run(small)
-    newest = max((small.out / "checkpoints").iterdir(), key=lambda p: int(p.name))
+def test_damaged_newest_checkpoint_falls_back(plain):
+    pretrain.run(plain)
+    newest = max((plain.out / "checkpoints").iterdir(), key=lambda p: int(p.name))
     for file in newest.rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.warns(RuntimeWarning, match=rf"{newest}.*falling back"):
-        summary = pretrain.run(dataclasses.replace(small, resume=True))
+        summary = pretrain.run(dataclasses.replace(plain, resume=True))
     assert summary["curve"][-1][0] == 8
     assert newest.exists() or (newest.parent / "superseded").exists()
 
@@ -226,15 +232,15 @@ def test_not_finite_updates_are_skipped_counted_and_stop(small, monkeypatch, cap
     assert all(np.isfinite(leaf).all() for leaf in clean)
 
 
-def test_a_finished_run_can_be_extended(small, capsys):
-    config = dataclasses.replace(small, steps=4)
+def test_a_finished_run_can_be_extended(plain, capsys):
+    config = dataclasses.replace(plain, steps=4)
     pretrain.run(config)
     more = dataclasses.replace(config, steps=6, resume=True)
     summary = pretrain.run(more)
     assert "extended   from 4 to 6 steps" in capsys.readouterr().err
     assert summary["steps"] == 6 and summary["config"]["steps"] == 6
-    assert json.loads((small.out / "config.json").read_text())["steps"] == 6
-    records = [r for r in lines(small.out) if "loss" in r]
+    assert json.loads((plain.out / "config.json").read_text())["steps"] == 6
+    records = [r for r in lines(plain.out) if "loss" in r]
     assert [r["step"] for r in records] == list(range(1, 7))
     schedule = build.pretraining(more, 256).schedule
     rates = [float(schedule(step)) for step in (4, 5)]
@@ -244,13 +250,13 @@ def test_a_finished_run_can_be_extended(small, capsys):
     assert "--steps was 6 and is 4" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_is_not_extended(small, killed_at, capsys):
-    killed_at(5, lambda: pretrain.run(small))
-    assert main(flags(dataclasses.replace(small, steps=9, resume=True))) == 2
+def test_an_unfinished_run_is_not_extended(plain, killed_at, capsys):
+    killed_at(5, lambda: pretrain.run(plain))
+    assert main(flags(dataclasses.replace(plain, steps=9, resume=True))) == 2
     assert "--steps was 8 and is 9" in capsys.readouterr().err
 
 
-def test_killed_in_the_last_evaluation_only_that_is_left(small, monkeypatch):
+def test_killed_in_the_last_evaluation_only_that_is_left(plain, monkeypatch):
     """All is saved before; a stop signal in it is no other kill."""
     real = evaluation.held_out_loss
 
@@ -258,7 +264,7 @@ def test_killed_in_the_last_evaluation_only_that_is_left(small, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    config = dataclasses.replace(small, eval_every=100)
+    config = dataclasses.replace(plain, eval_every=100)
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "held_out_loss", stopped)
         with pytest.raises(Preempted, match="stopped after step 8, which is saved"):
@@ -271,7 +277,7 @@ def test_killed_in_the_last_evaluation_only_that_is_left(small, monkeypatch):
     assert after[-1]["val_loss"] == summary["val_loss"]
 
 
-def test_nothing_is_compiled_after_the_first_evaluation(small, monkeypatch):
+def test_nothing_is_compiled_after_the_first_evaluation(plain, monkeypatch):
     """One program trains and one evaluates, however often."""
     judged, compiled = [], []
 
@@ -289,7 +295,7 @@ def test_nothing_is_compiled_after_the_first_evaluation(small, monkeypatch):
     monkeypatch.setattr(evaluation, "held_out_loss", counted)
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        pretrain.run(dataclasses.replace(small, eval_every=1))
+        pretrain.run(dataclasses.replace(plain, eval_every=1))
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert len(judged) == 8
@@ -318,11 +324,9 @@ def rising(monkeypatch):
     return among
 
 
-def test_a_loss_that_rises_stops_the_run(small, rising, capsys):
+def test_a_loss_that_rises_stops_the_run(plain, rising, capsys):
     rising(range(35, 1000))
-    config = dataclasses.replace(
-        small, method="adamw", steps=60, checkpoint_every=5, eval_every=60
-    )
+    config = dataclasses.replace(plain, steps=60, checkpoint_every=5, eval_every=60)
     with pytest.raises(
         Diverged, match=r"stopped at step 45: the median loss .*"
     ) as stop:
@@ -335,11 +339,10 @@ def test_a_loss_that_rises_stops_the_run(small, rising, capsys):
     assert summary["diverged"] is True and summary["rollbacks"] == 0
 
 
-def test_a_run_that_diverged_goes_back(small, rising, capsys):
+def test_a_run_that_diverged_goes_back(plain, rising, capsys):
     rising(range(35, 46))
     config = dataclasses.replace(
-        small,
-        method="adamw",
+        plain,
         steps=60,
         checkpoint_every=5,
         eval_every=60,
@@ -355,11 +358,10 @@ def test_a_run_that_diverged_goes_back(small, rising, capsys):
     assert data["rollbacks"] == 1
 
 
-def test_a_run_goes_back_three_times_at_most(small, rising, capsys):
+def test_a_run_goes_back_three_times_at_most(plain, rising, capsys):
     rising(range(35, 1000))
     config = dataclasses.replace(
-        small,
-        method="adamw",
+        plain,
         steps=60,
         checkpoint_every=5,
         eval_every=60,
