@@ -242,8 +242,9 @@ class _Reader:
             after = int(np.searchsorted(offsets[:, 1], low, side="right"))
             start = int(inside[0]) if len(inside) else after
             stop = int(inside[-1]) + 1 if len(inside) else start
+            over = self._ended(ids, start, stop)
             if not one.marked:
-                stop = self._ended(ids, start, stop, one)
+                stop = over
             learnt[start:stop] = True
         if not one.marked and (not ids[:stop] or ids[stop - 1] not in self.ends):
             ids = [*ids[:stop], self._end]
@@ -257,7 +258,7 @@ class _Reader:
             )
         return Answered(np.array(ids, np.int32), learnt, start)
 
-    def _ended(self, ids: list[int], start: int, stop: int, one: Conversation) -> int:
+    def _ended(self, ids: list[int], start: int, stop: int) -> int:
         """Where a turn is over: a template may go on after its end, with a newline."""
         turn = ids[start:stop]
         if self._end in turn:

@@ -208,6 +208,27 @@ def test_what_counts(record, options, want, load, tokenizer):
     assert data.train_size == data.validation_size == data.train_rows == 1
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ m.content }}<|im_end|>\n",
+        "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}",
+    ],
+)
+def test_what_ends_turns_ends_an_answer(turn, load, tokenizer):
+    """Be it the tokenizer's eos_token or not, and what generation_config.json says."""
+    template = "{% for m in messages %}<|im_start|>" + turn + "{% endfor %}"
+    data = load(
+        [MESSAGES],
+        template=template,
+        config={"eos_token": "<|endoftext|>"},
+    )
+    assert tokenizer.token_to_id(END) in data.ends
+    assert tokenizer.token_to_id("<|endoftext|>") in data.ends
+    ((_, answer),) = data.prompts()
+    assert answer == "It is D."
+
+
 def test_tokens_across_the_boundary_are_the_answers(load, tokenizer):
     record = {"prompt": "What is it?", "completion": "It is"}
     text = "What is it?\nIt is"
