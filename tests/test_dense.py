@@ -103,7 +103,7 @@ class TestAgainstPlain(chex.TestCase):
             np.testing.assert_allclose(energy, jnp.sum(x**2) / tokens, rtol=1e-5)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     leading=st.lists(st.integers(1, 4), max_size=3),
     n_in=st.integers(1, 9),

@@ -108,8 +108,8 @@ def test_scan_equals_unrolled():
         return loss_of(model)({"params": state.params, "subspace": subspace})
 
     chex.assert_trees_all_close(
-        jax.value_and_grad(scanned)(blocks["subspace"]),
-        jax.value_and_grad(unrolled)(blocks["subspace"]),
+        jax.jit(jax.value_and_grad(scanned))(blocks["subspace"]),
+        jax.jit(jax.value_and_grad(unrolled))(blocks["subspace"]),
         rtol=1e-4,
         atol=1e-6,
     )

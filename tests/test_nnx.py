@@ -118,11 +118,21 @@ def test_full_rank_equals_adamw():
         identity = jnp.eye(layer.in_features)
         projection = dataclasses.replace(layer.projection.get_value(), basis=identity)
         layer.projection.set_value(projection)
-    for _ in range(20):
-        expected, grads = nnx.value_and_grad(loss_fn)(plain, x, y)
-        reference.update(plain, grads)
+
+    @nnx.jit
+    def plain_step(model, optimizer):
+        loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
+        optimizer.update(model, grads)
+        return loss
+
+    @nnx.jit
+    def step(model, optimizer):
         loss, grads = optimizer.value_and_grad(loss_fn)(model, x, y)
         optimizer.update(model, grads)
+        return loss
+
+    for _ in range(20):
+        expected, loss = plain_step(plain, reference), step(model, optimizer)
         np.testing.assert_allclose(loss, expected, atol=1e-5)
     trained = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     jax.tree.map(
