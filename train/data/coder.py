@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Encoded(Protocol):
     def ids(self) -> Any: ...
 
     @property
-    def offsets(self) -> Sequence[tuple[int, int]]: ...
+    def offsets(self) -> Any: ...
 
 
 def _pieces(
@@ -126,11 +126,23 @@ def _tokens_before(encode: Callable[[str], Encoded], text: str, done: int) -> in
     return sum(start < done for start, _ in encode(text).offsets)
 
 
-class _Bytes(NamedTuple):
-    """A text's bytes, as `Encoded`; it is never taken apart."""
+@dataclasses.dataclass(frozen=True)
+class _Bytes:
+    """A text's bytes, as `Encoded`."""
 
-    ids: np.ndarray
-    offsets: Sequence[tuple[int, int]] = ()
+    text: str
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.frombuffer(self.text.encode(), np.uint8)
+
+    @property
+    def offsets(self) -> Any:
+        points = np.frombuffer(self.text.encode("utf-32-le"), "<u4")
+        bounds = np.array([0x80, 0x800, 0x10000])
+        sizes = 1 + np.searchsorted(bounds, points, side="right")
+        starts = np.repeat(np.arange(len(points)), sizes)
+        return np.stack([starts, starts + 1], axis=1)
 
 
 def _bytes(text: str) -> _Bytes:
@@ -141,7 +153,7 @@ def _bytes(text: str) -> _Bytes:
             f" {text[max(0, at - 20) : at]!r}: the byte that ends documents"
             " where no --tokenizer is given; give one, or remove it"
         )
-    return _Bytes(np.frombuffer(text.encode(), np.uint8))
+    return _Bytes(text)
 
 
 def coder_of(path: str | None) -> Coder:

@@ -93,6 +93,18 @@ def test_pieces_are_the_tokens_of_the_whole(kind, kinds, tmp_path, monkeypatch):
         assert sum(told) == len(text)
 
 
+def test_pieces_of_bytes_are_the_bytes_of_the_whole(monkeypatch):
+    monkeypatch.setattr(coding, "PIECE", 2000)
+    monkeypatch.setattr(coding, "OVERLAP", 200)
+    coder = coding.coder_of(None)
+    for text in (words(3000), "\u20ac\U0001f600 a\n" * 3000, "a" * 9001):
+        told = []
+        *pieces, end = coder.document(text, told.append)
+        assert end.tolist() == [0] and len(pieces) > 3
+        assert np.concatenate(pieces).astype(np.uint8).tobytes() == text.encode()
+        assert sum(told) == len(text)
+
+
 def test_merges_without_end_are_left_to_the_whole(tmp_path, monkeypatch):
     """Where two pieces agree nowhere, as in a text whose tokens depend on its beginning."""
     monkeypatch.setattr(coding, "PIECE", 2000)
