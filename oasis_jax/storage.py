@@ -233,6 +233,7 @@ def _quieten() -> None:
     others, whose complaints then come from TensorStore's threads and help nobody.
     """
     logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
+    logging.getLogger("asyncio").addFilter(_is_no_task_of_orbax)
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited")
     if sys.unraisablehook is not _unraisable:
         _hooks.append(sys.unraisablehook)
@@ -241,6 +242,10 @@ def _quieten() -> None:
 
 def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
 
 
 def _unraisable(unraisable: Any) -> None:
