@@ -25,9 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from oasis_jax.digests import Damaged
+from oasis_jax.errors import first_line
 from oasis_jax.paths import flatten_paths
 from oasis_jax.storage import CheckpointError as CheckpointError
-from oasis_jax.storage import Storage, first_line
+from oasis_jax.storage import Storage
 
 PyTree = Any
 

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from oasis_jax import digests
+from oasis_jax.errors import first_line
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 """What follows the step in the name of a folder that is still being written."""
@@ -203,11 +204,6 @@ class Storage:
                 self.folder(other).rename(free)
         multihost_utils.sync_global_devices("oasis_jax.checkpoints: set aside")
         self._manager.reload()
-
-
-def first_line(error: BaseException) -> str:
-    """TensorStore's messages run to pages; their first line says what is wrong."""
-    return (str(error).strip() or "no details").splitlines()[0][:200]
 
 
 def _of_the_system(error: BaseException) -> str | None:

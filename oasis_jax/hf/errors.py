@@ -44,11 +44,6 @@ def some(found: Sequence[str]) -> str:
     return ", ".join(found[:_SHOWN]) + more
 
 
-def first_line(error: BaseException) -> str:
-    """Of its message, which may run to pages."""
-    return (str(error).strip() or "no details").splitlines()[0][:200]
-
-
 def _one_line(text: str) -> str:
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return "".join(

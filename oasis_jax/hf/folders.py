@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
-from oasis_jax.hf.errors import HfError, first_line, shown, some
+from oasis_jax.errors import first_line
+from oasis_jax.hf.errors import HfError, shown, some
 from oasis_jax.hf.families import Family, family_from
 
 T = TypeVar("T")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from oasis_jax.hf.errors import HfError, first_line, some
+from oasis_jax.errors import first_line
+from oasis_jax.hf.errors import HfError, some
 from oasis_jax.hf.families import Family
 from oasis_jax.hf.folders import weight_files
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from train.data.sandbox import CLOSE, OPEN, sandbox
+from train.data.marks import CLOSE, END, NUMBERED, OPEN, number_of, numbered
+from train.data.sandbox import sandbox
 
 MEMORY = 2**31  # bytes that the process may have
 ALONE = 60  # seconds for a conversation, where nobody has ended it before
@@ -30,10 +31,6 @@ Span = tuple[int, int]
 """Characters of a text, from the first to the one after the last."""
 Messages = list[dict[str, Any]]
 
-# Noncharacters of Unicode: in no text, and no template looks for them.
-_QUOTE, _UNQUOTE = "\ufdd2", "\ufdd3"  # around the number of a token that text spells
-_MARK = "\ufdd6"  # where a content ends
-_DIGITS = [chr(0xFDE0 + digit) for digit in range(10)]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -108,7 +105,7 @@ class Template:
         """
         raw = self._render(row, row["messages"], prompt=False)
         text, marks = _marks(raw)
-        spelled = self._spelled(row, raw)
+        spelled = self._spelled(row, text)
         if marks:
             return Written(text, marks, True, spelled)
         return Written(text, self._turns(row, text), False, spelled)
@@ -199,11 +196,11 @@ class Template:
         # content, a thought say, or ask for it in words that they do not repeat. The
         # content is found by a mark at its end.
         said = content.rstrip()
-        marked = {**messages[number], "content": said + _MARK + content[len(said) :]}
+        marked = {**messages[number], "content": said + END + content[len(said) :]}
         whole = [*before, marked, *messages[number + 1 :]]
-        end = self.text(row, whole, prompt=False).find(_MARK)
+        end = self.text(row, whole, prompt=False).find(END)
         alone = self.text(row, [*before, marked], prompt=False)
-        last = alone.find(_MARK)
+        last = alone.find(END)
         if end < 0 or last < 0:
             return None
         size = _same(text[:end][::-1], said[::-1])
@@ -215,25 +212,24 @@ class Template:
             start -= len(opening)
         return start, end + _same(text[end:], alone[last + 1 :])
 
-    def _spelled(self, row: Mapping[str, Any], raw: str) -> list[Span]:
-        """Where the row's own text spells special tokens, in what `raw` says.
+    def _spelled(self, row: Mapping[str, Any], text: str) -> list[Span]:
+        """Where the row's own text spells special tokens, in what is written of it.
 
         It is written once more with a number in the place of each. A template that looks
         into such a text writes something else then, and all is taken for its own.
         """
-        hidden = self._hidden({k: v for k, v in row.items()})
+        hidden = self._hidden(row)
         if hidden == row:
             return []
-        other = _marks(self._render(hidden, hidden["messages"], prompt=False))[0]
+        other = self.text(hidden, hidden["messages"], prompt=False)
         spans, parts, size = [], [], 0
-        for part in re.split(f"({_QUOTE}[^{_UNQUOTE}]*{_UNQUOTE})", other):
-            if part.startswith(_QUOTE):
-                number = int("".join(str(_DIGITS.index(c)) for c in part[1:-1]))
-                part = self._special[number]
+        for number, part in enumerate(re.split(f"({NUMBERED})", other)):
+            if number % 2:
+                part = self._special[number_of(part)]
                 spans.append((size, size + len(part)))
             parts.append(part)
             size += len(part)
-        return spans if "".join(parts) == _marks(raw)[0] else []
+        return spans if "".join(parts) == text else []
 
     def _hidden(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -246,8 +242,7 @@ class Template:
         return [*map(self._hidden, value)] if isinstance(value, list) else value
 
     def _number(self, match: re.Match) -> str:
-        digits = str(self._special.index(match[0]))
-        return _QUOTE + "".join(_DIGITS[int(digit)] for digit in digits) + _UNQUOTE
+        return numbered(self._special.index(match[0]))
 
 
 def _plain(messages: Messages) -> Messages:

@@ -9,9 +9,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-# Noncharacters of Unicode: in no text, and no template looks for them.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""What is written around all that {% generation %} marks."""
+from train.data.marks import CLOSE, OPEN
 
 
 class Generation(jinja2.ext.Extension):

@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from train.data.marks import numbered
 from train.data.tokenizer import SEPARATORS
 from train.errors import DataError
-
-# Noncharacters of Unicode, which no text has, around a number: names of special tokens.
-_OPEN, _CLOSE = "\ufdd4", "\ufdd5"
-_DIGITS = [chr(0xFDE0 + digit) for digit in range(10)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Spelling:
         special |= {t for t in wanted if tokenizer.token_to_id(t) is not None}
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         ids = {token: vocabulary[token] for token in special}
-        names = {token: _name(number) for token, number in ids.items()}
+        names = {token: numbered(number) for token, number in ids.items()}
         there = {token["content"] for token in added}
         for token in special - there:
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
@@ -137,10 +134,6 @@ class Tokens(NamedTuple):
         """Where a character of the text is in what was encoded."""
         before = (shift for stop, shift in reversed(self.moved) if stop <= character)
         return character + next(before, 0)
-
-
-def _name(number: int) -> str:
-    return _OPEN + "".join(_DIGITS[int(digit)] for digit in str(number)) + _CLOSE
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:

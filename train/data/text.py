@@ -57,18 +57,6 @@ def json_objects(
     return _json_lines(path, expected, whole)
 
 
-def existing_file(name: str) -> Path:
-    """The path of a file.
-
-    Raises:
-      DataError: if there is none.
-    """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"data {name!r} is no file")
-    return path
-
-
 def row_files(name: str, endings: Collection[str]) -> list[Path]:
     """The file; or those of a directory, or a pattern such as `rows-*.jsonl`, in order.
 

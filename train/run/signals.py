@@ -32,7 +32,6 @@ PATIENCE = 4.0
 TOGETHER = 0.1
 """Seconds within which signals are one: `timeout` and terminals send some twice."""
 
-
 _ours = False
 
 
@@ -53,7 +52,6 @@ class Signals:
     def __init__(self) -> None:
         self.stop = self.save = False
         self._deferred = self._raises = False
-        self._asked = 0.0
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def defer(self) -> None:
@@ -81,17 +79,10 @@ class Signals:
             self.save = True
             return
         self._leave_terminal()
-        again = time.monotonic() - self._asked < TOGETHER
         first, self.stop = not self.stop, True
-        if first:
-            self._asked = time.monotonic()
-        elif again:
+        if first and self._deferred and not self._raises:
             return
-        if first and self._raises:
-            raise KeyboardInterrupt
-        if first and self._deferred:
-            return
-        if not _ours:
+        if not _ours or (first and self._raises):
             raise KeyboardInterrupt
         if first:
             # Whatever runs now, an import say, may turn an exception into one of its own.

@@ -324,9 +324,15 @@ def rising(monkeypatch):
     return among
 
 
-def test_a_loss_that_rises_stops_the_run(plain, rising, capsys):
+@pytest.fixture
+def long(plain) -> Pretrain:
+    """Of more steps than it takes to see that it has diverged."""
+    return dataclasses.replace(plain, steps=60, checkpoint_every=5, eval_every=60)
+
+
+def test_a_loss_that_rises_stops_the_run(long, rising, capsys):
     rising(range(35, 1000))
-    config = dataclasses.replace(plain, steps=60, checkpoint_every=5, eval_every=60)
+    config = long
     with pytest.raises(
         Diverged, match=r"stopped at step 45: the median loss .*"
     ) as stop:
@@ -339,15 +345,9 @@ def test_a_loss_that_rises_stops_the_run(plain, rising, capsys):
     assert summary["diverged"] is True and summary["rollbacks"] == 0
 
 
-def test_a_run_that_diverged_goes_back(plain, rising, capsys):
+def test_a_run_that_diverged_goes_back(long, rising, capsys):
     rising(range(35, 46))
-    config = dataclasses.replace(
-        plain,
-        steps=60,
-        checkpoint_every=5,
-        eval_every=60,
-        on_divergence="rollback",
-    )
+    config = dataclasses.replace(long, on_divergence="rollback")
     summary = pretrain.run(config)
     said = capsys.readouterr().err
     assert "back to step 25, with other batches (1 of at most 3 rollbacks)" in said
@@ -358,15 +358,9 @@ def test_a_run_that_diverged_goes_back(plain, rising, capsys):
     assert data["rollbacks"] == 1
 
 
-def test_a_run_goes_back_three_times_at_most(plain, rising, capsys):
+def test_a_run_goes_back_three_times_at_most(long, rising, capsys):
     rising(range(35, 1000))
-    config = dataclasses.replace(
-        plain,
-        steps=60,
-        checkpoint_every=5,
-        eval_every=60,
-        on_divergence="rollback",
-    )
+    config = dataclasses.replace(long, on_divergence="rollback")
     with pytest.raises(Diverged, match="after 3 rollbacks"):
         pretrain.run(config)
     assert capsys.readouterr().err.count("with other batches") == 3
