@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class Storage:
         self.directory = directory
         # The step that is being written, or is not yet known to be whole.
         self._writing: int | None = None
-        self._saved_before = False
+        self._saved_before = self._failed = False
         # What was found of a step's files, and how they looked then.
         self._checked: dict[int, tuple[Any, digests.Damaged | None]] = {}
         options = ocp.CheckpointManagerOptions(
@@ -121,6 +122,13 @@ class Storage:
             with contextlib.suppress(Exception):
                 self._manager.close()
             raise
+        else:
+            self._close_manager()
+        finally:
+            if self._failed:
+                self._remove_late()
+
+    def _close_manager(self) -> None:
         try:
             self._manager.close()
         except Exception as error:
@@ -177,7 +185,7 @@ class Storage:
             reason = _of_the_system(error)
             if reason is None and not whatever:
                 raise
-            self._writing = None
+            self._writing, self._failed = None, True
             self._remove_unfinished()
             self._manager.reload()
             whole = self.steps()
@@ -189,8 +197,22 @@ class Storage:
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
-            for folder in self.directory.glob(f"*{UNFINISHED}*"):
+            for folder in self._unfinished():
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_late(self) -> None:
+        """What was asked of the disk before a write failed may still arrive, and make its
+        folder anew: removes it until none has come for a while."""
+        quiet = 0
+        for _ in range(40):
+            quiet = 0 if self._unfinished() else quiet + 1
+            if quiet == 3:
+                return
+            self._remove_unfinished()
+            time.sleep(0.05)
+
+    def _unfinished(self) -> list[Path]:
+        return [*self.directory.glob(f"*{UNFINISHED}*")]
 
     def _set_aside(self, stale: list[int]) -> None:
         if not stale:
